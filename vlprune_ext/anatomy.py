@@ -1,0 +1,426 @@
+"""Where a model keeps its towers, blocks, heads, neurons and projections: one small entry per family.
+
+A *tower* is a stack of residual blocks. A *site* is an output projection whose input splits into removable units: the
+heads of an attention, the neurons of an MLP. Nothing here runs a model or changes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("head", "cross_head", "neurons", "layer")
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SitePaths:
+    """Where a block keeps one site; paths are relative to the block."""
+
+    kind: str  # "head", "cross_head" or "neurons"
+    module: str  # returns what the output projection returns
+    out: str  # the output projection
+    inputs: tuple[str, ...]  # the projections that produce its input
+    skip: tuple[str, ...] = ()  # need not run once the output projection's result is known
+    owner: str = ""  # keeps the head counts
+    counts: tuple[str, ...] = ()  # attributes of `owner` that count heads
+    widths: tuple[str, ...] = ()  # attributes of `owner` that count heads * head_dim
+    removable: bool = True  # False: the forward cannot run with fewer units, so they are zeroed instead
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One kind of transformer block: its sites in the order in which they run, and the norm in front of the first."""
+
+    sites: tuple[SitePaths, ...]
+    norm: str = ""  # the norm in front of the attention; "" for post-norm blocks
+
+
+def _pre_norm(attention: str, qkv: tuple[str, ...], out: str, norms: tuple[str, str], up, down, **attention_fields):
+    heads = SitePaths(
+        "head",
+        module=attention,
+        out=f"{attention}.{out}",
+        inputs=tuple(f"{attention}.{name}" for name in qkv),
+        skip=(norms[0],),
+        owner=attention,
+        **attention_fields,
+    )
+    neurons = SitePaths(
+        "neurons", module="mlp", out=f"mlp.{down}", inputs=tuple(f"mlp.{name}" for name in up), skip=(norms[1],)
+    )
+    return Layout((heads, neurons), norm=norms[0])
+
+
+def _bert_attention(kind: str, root: str) -> SitePaths:
+    return SitePaths(
+        kind,
+        module=f"{root}.output.dense",
+        out=f"{root}.output.dense",
+        inputs=tuple(f"{root}.self.{name}" for name in ("query", "key", "value")),
+        skip=(f"{root}.self",),
+        owner=f"{root}.self",
+        counts=("num_attention_heads",),
+        widths=("all_head_size",),
+    )
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_CLIP = _pre_norm(
+    "self_attn", _QKV, "out_proj", ("layer_norm1", "layer_norm2"), ("fc1",), "fc2", counts=("num_heads",)
+)
+_BLIP = _pre_norm(
+    "self_attn", ("qkv",), "projection", ("layer_norm1", "layer_norm2"), ("fc1",), "fc2", removable=False
+)
+_VIT = _pre_norm(
+    "attention",
+    _QKV,
+    "o_proj",
+    ("layernorm_before", "layernorm_after"),
+    ("fc1",),
+    "fc2",
+    counts=("num_attention_heads",),
+)
+_LLAMA = _pre_norm(
+    "self_attn",
+    _QKV,
+    "o_proj",
+    ("input_layernorm", "post_attention_layernorm"),
+    ("gate_proj", "up_proj"),
+    "down_proj",
+)
+_BERT = Layout(
+    (
+        _bert_attention("head", "attention"),
+        _bert_attention("cross_head", "crossattention"),
+        SitePaths(
+            "neurons", module="output.dense", out="output.dense", inputs=("intermediate.dense",), skip=("intermediate",)
+        ),
+    )
+)
+
+# Block class -> layout.
+LAYOUTS: dict[str, Layout] = {
+    "CLIPEncoderLayer": _CLIP,
+    "SiglipEncoderLayer": _CLIP,
+    "BlipEncoderLayer": _BLIP,
+    "BlipTextLayer": _BERT,
+    "ViTLayer": _VIT,
+    "LlamaDecoderLayer": _LLAMA,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """An output projection whose input columns come in ``units`` removable slices of ``width``."""
+
+    kind: str
+    out: nn.Linear  # [D, units * width]
+    inputs: tuple[nn.Linear, ...]
+    units: int  # heads (key/value heads under grouped queries), or neurons
+    width: int  # columns of `out` per unit: head_dim * query heads per key/value head, or 1
+    module: nn.Module
+    skip: tuple[nn.Module, ...]
+    paths: SitePaths
+    block: nn.Module
+
+    def input_segments(self, projection: nn.Linear) -> int:
+        """How many stacked matrices ``projection`` holds: 3 for a fused qkv, else 1."""
+        return 3 if self.kind != "neurons" and len(self.inputs) == 1 else 1
+
+    @property
+    def unit_params(self) -> int:
+        """Parameters that go with one unit."""
+        columns = self.width * self.out.out_features
+        rows = sum(p.weight.numel() + (0 if p.bias is None else p.bias.numel()) for p in self.inputs) // self.units
+        return columns + rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block of a tower."""
+
+    module: nn.Module
+    sites: dict[str, Site]  # in the order in which they run
+    norm: nn.Module | None
+
+    @property
+    def params(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+
+def _resolve(root: nn.Module, path: str) -> nn.Module:
+    return attrgetter(path)(root) if path else root
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        _resolve(root, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _bind_site(block: nn.Module, paths: SitePaths) -> Site:
+    out = _resolve(block, paths.out)
+    inputs = tuple(_resolve(block, path) for path in paths.inputs)
+    if paths.kind == "neurons":
+        units = out.in_features
+    else:
+        owner = _resolve(block, paths.owner)
+        head_dim = getattr(owner, "head_dim", None) or owner.attention_head_size
+        units = inputs[0].out_features // (3 * head_dim) if len(inputs) == 1 else inputs[1].out_features // head_dim
+    return Site(
+        kind=paths.kind,
+        out=out,
+        inputs=inputs,
+        units=units,
+        width=out.in_features // units if units else 0,
+        module=_resolve(block, paths.module),
+        skip=tuple(_resolve(block, path) for path in paths.skip),
+        paths=paths,
+        block=block,
+    )
+
+
+def bind_block(module: nn.Module) -> Block:
+    """The sites of one block."""
+    layout = LAYOUTS.get(type(module).__name__)
+    if layout is None:
+        raise ValueError(
+            f"unknown block {type(module).__name__}; known: {', '.join(sorted(LAYOUTS))}. "
+            "Describe its layout in vlprune_ext.anatomy.LAYOUTS."
+        )
+    sites = {paths.kind: _bind_site(module, paths) for paths in layout.sites if _has(module, paths.out)}
+    return Block(module, sites, _resolve(module, layout.norm) if layout.norm else None)
+
+
+# --- towers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TowerPaths:
+    """Where a family keeps one tower; paths are relative to the model, alternatives in order of preference."""
+
+    blocks: tuple[str, ...]  # the nn.ModuleList of blocks
+    config: str  # the tower's config, relative to model.config; "" = model.config
+    before: tuple[str, ...] = ()  # modules whose output reaches nothing but the first block
+    beside: tuple[str, ...] = ()  # modules that feed what comes after the first block and never change with the tower
+    pool: str | None = None  # "first", "eot" or "last": the only row of the last block that is used
+    feature_layer: str = ""  # config attribute that says which block's output is used, when it is not the last
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of residual blocks of a model."""
+
+    name: str
+    blocks: tuple[Block, ...]
+    container: nn.ModuleList
+    prefix: str  # parameter names in the container start with "<prefix>."
+    config: object
+    before: tuple[nn.Module, ...]
+    beside: tuple[nn.Module, ...]
+    paths: TowerPaths
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def shape(self) -> list[dict[str, int]]:
+        """Units of every site, block by block."""
+        return [{kind: site.units for kind, site in block.sites.items()} for block in self.blocks]
+
+    def pooled_row(self, inputs: Mapping[str, Tensor]) -> Tensor | int | None:
+        """The row [B] of the last block's output that is used, or None when all are."""
+        if self.paths.pool == "first":
+            return 0
+        if self.paths.pool == "last":
+            return -1
+        if self.paths.pool == "eot":
+            return _eot_position(inputs["input_ids"], self.config.eos_token_id)
+        return None
+
+    def trim(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the columns after the last end-of-text token of a batch: a causal tower never looks there."""
+        if self.paths.pool != "eot":
+            return inputs
+        length = int(self.pooled_row(inputs).max()) + 1
+        return {name: value[:, :length] for name, value in inputs.items()}
+
+
+def _eot_position(input_ids: Tensor, eos_token_id: int) -> Tensor:
+    # CLIP checkpoints with the historical eos_token_id 2 pool at the highest token id.
+    key = input_ids if eos_token_id == 2 else (input_ids == eos_token_id)
+    return key.int().argmax(dim=-1)
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry of the table: what a family of models keeps where."""
+
+    towers: dict[str, TowerPaths]
+    # dual encoders: (model, inputs) -> [B, E], before normalisation
+    embed: dict[str, Callable[[nn.Module, dict[str, Tensor]], Tensor]] | None = None
+    head: str = ""  # the module that turns hidden states into logits; "" = the model has none
+    needs_decoder_ids: bool = False  # labels enter as decoder_input_ids
+
+
+def _image_features(model, inputs):
+    return model.get_image_features(**inputs).pooler_output
+
+
+def _text_features(model, inputs):
+    return model.get_text_features(**inputs).pooler_output
+
+
+def _blip_image_features(model, inputs):
+    return model.vision_proj(model.vision_model(**inputs).last_hidden_state[:, 0])
+
+
+def _blip_text_features(model, inputs):
+    return model.text_proj(model.text_encoder(**inputs).last_hidden_state[:, 0])
+
+
+def _pooled(model, inputs):
+    return model(**inputs).pooler_output
+
+
+def _stack(*roots: str) -> tuple[str, ...]:
+    """Where a stack of blocks may lie below each of these roots."""
+    return tuple(f"{root}{path}" for root in roots for path in ("encoder.layers", "layers", "encoder.layer"))
+
+
+def _vision(*roots: str, config: str = "vision_config", **fields) -> TowerPaths:
+    before = tuple(f"{root}{name}" for root in roots for name in ("embeddings", "pre_layrnorm"))
+    return TowerPaths(_stack(*roots), config, before=before, **fields)
+
+
+def _text(*roots: str, config: str = "text_config", **fields) -> TowerPaths:
+    return TowerPaths(_stack(*roots), config, before=tuple(f"{root}embeddings" for root in roots), **fields)
+
+
+_DUAL_EMBED = {"vision": _image_features, "text": _text_features}
+_LLAMA_TOWER = {"text": TowerPaths(("layers", "model.layers"), "", before=("embed_tokens", "model.embed_tokens"))}
+
+# Model class -> entry. One class, one entry: what differs between the classes of a model type is just what counts here.
+FAMILIES: dict[str, Family] = {
+    "CLIPModel": Family(
+        {"vision": _vision("vision_model.", pool="first"), "text": _text("text_model.", pool="eot")}, _DUAL_EMBED
+    ),
+    "CLIPVisionModel": Family(
+        {"vision": _vision("", "vision_model.", config="", pool="first")}, {"vision": _pooled}
+    ),
+    "SiglipModel": Family(
+        {"vision": _vision("vision_model."), "text": _text("text_model.", pool="last")}, _DUAL_EMBED
+    ),
+    "SiglipVisionModel": Family({"vision": _vision("", "vision_model.", config="")}, {"vision": _pooled}),
+    "BlipForImageTextRetrieval": Family(
+        {"vision": _vision("vision_model.", pool="first"), "text": _text("text_encoder.", pool="first")},
+        {"vision": _blip_image_features, "text": _blip_text_features},
+    ),
+    "BlipForQuestionAnswering": Family(
+        {
+            "vision": _vision("vision_model."),
+            "text": _text("text_encoder.", beside=("vision_model",)),
+            "decoder": _text("text_decoder.bert.", beside=("vision_model", "text_encoder")),
+        },
+        head="text_decoder.cls",
+        needs_decoder_ids=True,
+    ),
+    "LlavaForConditionalGeneration": Family(
+        {
+            "vision": _vision(
+                "model.vision_tower.", "model.vision_tower.vision_model.", feature_layer="vision_feature_layer"
+            ),
+            "text": TowerPaths(
+                ("model.language_model.layers",),
+                "text_config",
+                before=(
+                    "model.vision_tower",
+                    "model.multi_modal_projector",
+                    "model.language_model.embed_tokens",
+                ),
+            ),
+        },
+        head="lm_head",
+    ),
+    "ViTModel": Family({"vision": _vision("", config="")}, {"vision": _pooled}),
+    "ViTForImageClassification": Family(
+        {"vision": _vision("vit.", config="", pool="first")}
+    ),
+    "LlamaForCausalLM": Family(_LLAMA_TOWER, head="lm_head"),
+    "LlamaModel": Family(_LLAMA_TOWER),
+}
+
+
+def register(model_class: str, family: Family) -> None:
+    """Teach the package a new model class (the name of the transformers class)."""
+    FAMILIES[model_class] = family
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model taken apart: its towers and its family's entry."""
+
+    model: nn.Module
+    family: Family
+
+    @cached_property
+    def towers(self) -> dict[str, Tower]:
+        return {name: _bind_tower(self.model, name, paths) for name, paths in self.family.towers.items()}
+
+    @property
+    def head(self) -> nn.Module | None:
+        return _resolve(self.model, self.family.head) if self.family.head else None
+
+    def tower(self, name: str) -> Tower:
+        if name not in self.towers:
+            raise ValueError(
+                f"tower: {type(self.model).__name__} has no tower {name!r}; its towers are {', '.join(self.towers)}"
+            )
+        return self.towers[name]
+
+    def shape(self) -> dict[str, list[dict[str, int]]]:
+        """Units of every site of every block: the fingerprint by which a plan knows its model."""
+        return {name: tower.shape() for name, tower in self.towers.items()}
+
+
+def _bind_tower(model: nn.Module, name: str, paths: TowerPaths) -> Tower:
+    prefix = next((path for path in paths.blocks if _has(model, path)), None)
+    if prefix is None:
+        raise ValueError(f"{type(model).__name__}: no blocks of tower {name!r} at any of {', '.join(paths.blocks)}")
+    container = _resolve(model, prefix)
+    return Tower(
+        name=name,
+        blocks=tuple(bind_block(block) for block in container),
+        container=container,
+        prefix=prefix,
+        config=_resolve(model.config, paths.config),
+        before=tuple(_resolve(model, path) for path in paths.before if _has(model, path)),
+        beside=tuple(_resolve(model, path) for path in paths.beside if _has(model, path)),
+        paths=paths,
+    )
+
+
+def describe(model: nn.Module) -> Anatomy:
+    """Take a transformers model apart.
+
+    Raises ValueError for a class that is not in the table; `register` adds one.
+    """
+    name = type(model).__name__
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model: {name} is not known; known are {', '.join(sorted(FAMILIES))}. "
+            "vlprune_ext.anatomy.register(class_name, Family(...)) adds one."
+        )
+    return Anatomy(model, FAMILIES[name])
