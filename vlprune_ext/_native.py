@@ -1,0 +1,107 @@
+"""Loads the compiled module and is the only place that sees an address.
+
+One function per launcher: it turns checked tensors into pointers, a dtype code, and, for CUDA, a device guard and the
+current stream; for the CPU, torch's thread count. Everything about the arguments was checked by ``vlprune_ext.ops``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(
+        f"vlprune_ext: the compiled module vlprune_ext._C cannot be imported ({error}). It is built by installing the"
+        " package: 'pip install .' or 'pip install --no-build-isolation -e .' in the source folder, with this Python."
+    ) from error
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType in csrc/dtype.h
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled, and which instruction set runs: plain data, for ``vlprune info``."""
+    return {
+        "compiler": _C.compiler,
+        "isa": _C.cpu.isa(),
+        "available_isas": list(_C.cpu.available_isas()),
+        "cuda_built": _C.cuda_built,
+        "cuda_version": _C.cuda_version,
+        "cuda_archs": _C.cuda_archs,
+    }
+
+
+@contextlib.contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels with the instruction set ``name`` ("scalar", "avx2", "avx512") inside the ``with`` block.
+
+    The environment variable VLPRUNE_FORCE_ISA does the same for a whole process. RuntimeError where the machine lacks it.
+    """
+    previous = _C.cpu.isa()
+    _C.cpu.force_isa(name)
+    try:
+        yield
+    finally:
+        _C.cpu.force_isa(previous)
+
+
+def _launch(name: str, device: torch.device, *args: Any) -> None:
+    if device.type == "cpu":
+        getattr(_C.cpu, name)(*args, torch.get_num_threads())
+        return
+    if not _C.cuda_built:
+        raise RuntimeError(
+            f"vlprune::{name} got a tensor on {device}, but this build of vlprune_ext has CPU kernels only. Reinstall it"
+            " with nvcc on PATH (or CUDACXX naming it): 'VLPRUNE_CUDA=ON pip install --no-build-isolation .', or move the"
+            " tensors to the CPU."
+        )
+    with torch.cuda.device(device):
+        getattr(_C.cuda, name)(*args, torch.cuda.current_stream(device).cuda_stream)
+
+
+def leave_one_out(x: Tensor, weight: Tensor, base: Tensor, out: Tensor, groups: list[int], group_size: int) -> None:
+    if out.numel() == 0:
+        return
+    _launch(
+        "leave_one_out",
+        x.device,
+        x.data_ptr(),
+        weight.data_ptr(),
+        base.data_ptr(),
+        out.data_ptr(),
+        groups,
+        base.shape[0],
+        base.shape[1],
+        group_size,
+        x.stride(0),
+        weight.stride(0),
+        base.stride(0),
+        DTYPES[x.dtype],
+    )
+
+
+def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor, best: Tensor, rank: Tensor) -> None:
+    if rank.numel() == 0:
+        return
+    v, n, d = query.shape
+    _launch(
+        "retrieval_rank",
+        query.device,
+        query.data_ptr(),
+        gallery.data_ptr(),
+        positives.data_ptr(),
+        best.data_ptr(),
+        rank.data_ptr(),
+        v,
+        n,
+        gallery.shape[1],
+        d,
+        positives.shape[1],
+        gallery.shape[0] == 1,
+        DTYPES[query.dtype],
+    )

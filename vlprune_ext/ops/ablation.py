@@ -1,0 +1,254 @@
+"""Ops for module ablation: what is a tower's output, and its retrieval recall, without one head or neuron group?
+
+For each op: the schema, one function that checks the arguments and allocates the output (it is the fake, too), the
+implementation, and the public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+__all__ = ["leave_one_out", "retrieval_rank"]
+
+_library = torch.library.Library("vlprune", "FRAGMENT")
+_library.define("leave_one_out(Tensor x, Tensor weight, Tensor base, SymInt group_size, int[]? groups=None) -> Tensor")
+_library.define("retrieval_rank(Tensor query, Tensor gallery, Tensor positives) -> Tensor")
+
+_INT32_MAX = 2**31 - 1
+
+
+def _shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    """Same device, same supported dtype."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    (first, reference), *others = tensors.items()
+    if reference.dtype not in _native.DTYPES:
+        raise TypeError(f"{first} has dtype {reference.dtype}; expected float32, float16 or bfloat16")
+    if reference.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{first} is on {reference.device}; expected a CPU or CUDA tensor")
+    for name, tensor in others:
+        if tensor.dtype != reference.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {reference.dtype} as {first}")
+        if tensor.device != reference.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {reference.device} as {first}")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous; rows may lie any distance apart."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+# ---- leave_one_out --------------------------------------------------------------------------------------------------
+
+
+def _leave_one_out_out(
+    x: Tensor,  # [N, G*g]
+    weight: Tensor,  # [D, G*g]
+    base: Tensor,  # [N, D]
+    group_size: int,
+    groups: Sequence[int] | None = None,  # V of them
+) -> Tensor:  # [V, N, D], not filled
+    _check_tensors(x=x, weight=weight, base=base)
+    for name, tensor, expected in (("x", x, "[N, G*g]"), ("weight", weight, "[D, G*g]"), ("base", base, "[N, D]")):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} has shape {_shape(tensor)}; expected two dimensions {expected}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight has shape {_shape(weight)}; expected [D, {x.shape[1]}], as many columns as x")
+    if base.shape[0] != x.shape[0] or base.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"base has shape {_shape(base)}; expected [{x.shape[0]}, {weight.shape[0]}], the rows of x by the rows of weight"
+        )
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}; expected at least 1")
+    if x.shape[1] < 1:
+        raise ValueError(f"x has shape {_shape(x)}; expected at least one column")
+    if x.shape[1] % group_size != 0:
+        raise ValueError(f"group_size is {group_size}; expected a divisor of x's {x.shape[1]} columns")
+    count = x.shape[1] // group_size
+    if groups is not None:
+        for index, group in enumerate(groups):
+            if not 0 <= group < count:
+                raise ValueError(f"groups[{index}] is {group}; expected 0 <= group < {count} (columns / group_size)")
+    variants = count if groups is None else len(groups)
+    return x.new_empty((variants, base.shape[0], base.shape[1]))
+
+
+def _leave_one_out(
+    x: Tensor, weight: Tensor, base: Tensor, group_size: int, groups: Sequence[int] | None = None
+) -> Tensor:
+    out = _leave_one_out_out(x, weight, base, group_size, groups)
+    chosen = list(range(out.shape[0])) if groups is None else list(groups)
+    _native.leave_one_out(_rows(x), _rows(weight), _rows(base), out, chosen, group_size)
+    return out
+
+
+def leave_one_out(
+    x: Tensor, weight: Tensor, base: Tensor, group_size: int, groups: Sequence[int] | None = None
+) -> Tensor:
+    """A linear layer's output without one group of its inputs, for each group: ``base - x_g @ weight_g.T``.
+
+    This is what ablating a module means at the block's own output projection (MoPE-CLIP, arXiv 2403.07839, section 3.2):
+    with ``x`` the heads' concatenated outputs and ``group_size`` the head dimension, variant g is the projection without
+    head g; with ``x`` the activated neurons, without neuron group g. All variants share one pass over what precedes.
+
+    Parameters
+    ----------
+    x : [N, G*g], fp32/fp16/bf16
+        The layer's input. Rows may be any distance apart; a last dimension that is not contiguous is copied.
+    weight : [D, G*g], dtype of x
+        The layer's weight, as in ``torch.nn.Linear``.
+    base : [N, D], dtype of x
+        The output with nothing removed, whatever was added to it (bias, residual).
+    group_size : int
+        g, a divisor of the columns of x.
+    groups : sequence of V int, optional
+        Which groups to leave out, on the host, in any order and with repeats; all G by default. Empty gives [0, N, D].
+
+    Returns
+    -------
+    [V, N, D], dtype of x
+        Sums of products are accumulated in fp32 and the difference is rounded once.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is not supported or not the same for all.
+    ValueError
+        Shapes that do not fit, tensors on different devices, group_size no divisor, a group out of range.
+    """
+    return torch.ops.vlprune.leave_one_out(x, weight, base, group_size, None if groups is None else list(groups))
+
+
+_library.impl("leave_one_out", _leave_one_out, "CPU")
+_library.impl("leave_one_out", _leave_one_out, "CUDA")
+torch.library.register_fake("vlprune::leave_one_out", _leave_one_out_out, lib=_library)
+
+
+# ---- retrieval_rank -------------------------------------------------------------------------------------------------
+
+
+def _retrieval_rank_out(
+    query: Tensor,  # [V, N, D] or [N, D]
+    gallery: Tensor,  # [V or 1, M, D] or [M, D]
+    positives: Tensor,  # [N] or [N, P] int64
+) -> Tensor:  # [V, N] or [N] int32, not filled
+    _check_tensors(query=query, gallery=gallery)
+    if query.dim() not in (2, 3):
+        raise ValueError(f"query has shape {_shape(query)}; expected [V, N, D] or [N, D]")
+    if gallery.dim() not in (2, 3):
+        raise ValueError(f"gallery has shape {_shape(gallery)}; expected [V, M, D], [1, M, D] or [M, D]")
+    n, d = query.shape[-2:]
+    if d < 1:
+        raise ValueError(f"query has shape {_shape(query)}; expected embeddings of at least one number")
+    if gallery.shape[-1] != d:
+        raise ValueError(f"gallery has shape {_shape(gallery)}; expected embeddings of size {d} as query's")
+    if not 1 <= gallery.shape[-2] <= _INT32_MAX:
+        raise ValueError(f"gallery has shape {_shape(gallery)}; expected between 1 and 2**31 - 1 items")
+    variants = query.shape[0] if query.dim() == 3 else 1
+    if gallery.dim() == 3 and gallery.shape[0] != 1 and gallery.shape[0] != variants:
+        raise ValueError(
+            f"gallery has shape {_shape(gallery)}; expected a leading dimension of 1 or of {variants}, the variants of query"
+        )
+    if not isinstance(positives, Tensor):
+        raise TypeError(f"positives is a {type(positives).__name__}; expected a tensor")
+    if positives.dtype != torch.int64:
+        raise TypeError(f"positives has dtype {positives.dtype}; expected int64")
+    if positives.device != query.device:
+        raise ValueError(f"positives is on {positives.device}; expected {query.device} as query")
+    if positives.dim() not in (1, 2) or positives.shape[0] != n:
+        raise ValueError(f"positives has shape {_shape(positives)}; expected [{n}] or [{n}, P], one row per query")
+    if positives.dim() == 2 and positives.shape[1] < 1:
+        raise ValueError(f"positives has shape {_shape(positives)}; expected at least one column")
+    return query.new_empty(query.shape[:-1], dtype=torch.int32)
+
+
+def _retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
+    rank = _retrieval_rank_out(query, gallery, positives)
+    best = torch.empty(rank.shape, dtype=torch.float32, device=rank.device)
+    _native.retrieval_rank(
+        query.contiguous() if query.dim() == 3 else query.contiguous()[None],
+        gallery.contiguous() if gallery.dim() == 3 else gallery.contiguous()[None],
+        positives.contiguous() if positives.dim() == 2 else positives.contiguous()[:, None],
+        best,
+        rank,
+    )
+    return rank
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether the tensor's values may be looked at now: not while tracing, on no fake, not while a graph is captured."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    if isinstance(tensor, torch._subclasses.FakeTensor):
+        return False
+    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _check_positives(positives: Tensor, items: int) -> None:
+    rows = positives if positives.dim() == 2 else positives[:, None]
+    bad = (rows < -1) | (rows >= items)
+    lacking = (rows < 0).all(dim=1)
+    if not bool((bad.any() | lacking.any()).item()):  # the only synchronisation
+        return
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        where = f"positives[{row}, {column}]" if positives.dim() == 2 else f"positives[{row}]"
+        raise ValueError(f"{where} is {int(rows[row, column])}; expected 0 <= index < {items} (or -1 as padding)")
+    row = int(lacking.nonzero()[0])
+    raise ValueError(f"positives[{row}] has no index >= 0; expected at least one positive for each query")
+
+
+def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
+    """How many gallery items score strictly higher than the query's best positive, for each query.
+
+    The score is the dot product; ``recall@k`` is ``(rank < k).float().mean()``. Scores are never stored: memory beyond the
+    result is O(V*N). This is the objective of module ablation by retrieval recall (MoPE-CLIP, arXiv 2403.07839, eq. 2).
+
+    Parameters
+    ----------
+    query : [V, N, D] or [N, D], fp32/fp16/bf16
+        Embeddings of N queries under V variants of the model.
+    gallery : [V, M, D], [1, M, D] or [M, D], dtype of query
+        Embeddings of the items; one gallery for all variants, or one each.
+    positives : [N] or [N, P], int64
+        Indices of each query's matching items; -1 pads a row.
+
+    Returns
+    -------
+    [V, N] (or [N] for a query of two dimensions), int32
+        0 is a hit at 1. A tie does not count as higher; scores are accumulated in fp32, each in the same order, so an exact
+        copy of a positive is a tie.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is not supported.
+    ValueError
+        Shapes or devices that do not fit, an index out of range, a query without a positive, a score that is NaN.
+        The last three need a look at the data (on CUDA: a synchronisation); while a CUDA graph is captured or torch.compile
+        traces there is none: then a rank of -1 marks a query with a NaN among its scores.
+    """
+    readable = isinstance(positives, Tensor) and _may_read(positives)
+    if readable:
+        _retrieval_rank_out(query, gallery, positives)
+        _check_positives(positives, gallery.shape[-2])
+    rank = torch.ops.vlprune.retrieval_rank(query, gallery, positives)
+    if readable and rank.numel() and bool((rank < 0).any()):
+        where = (rank < 0).nonzero()[0].tolist()
+        raise ValueError(f"query {where} has a NaN among its scores; expected query and gallery without NaN")
+    return rank
+
+
+_library.impl("retrieval_rank", _retrieval_rank, "CPU")
+_library.impl("retrieval_rank", _retrieval_rank, "CUDA")
+torch.library.register_fake("vlprune::retrieval_rank", _retrieval_rank_out, lib=_library)
