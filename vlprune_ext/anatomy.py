@@ -225,7 +225,8 @@ class Tower:
     blocks: tuple[Block, ...]
     container: nn.ModuleList
     prefix: str  # parameter names in the container start with "<prefix>."
-    config: object
+    config: object  # the tower's own
+    root_config: object  # the model's
     before: tuple[nn.Module, ...]
     beside: tuple[nn.Module, ...]
     paths: TowerPaths
@@ -246,6 +247,13 @@ class Tower:
         if self.paths.pool == "eot":
             return _eot_position(inputs["input_ids"], self.config.eos_token_id)
         return None
+
+    def taps(self) -> frozenset[int]:
+        """Blocks whose output is read by more than the next block: the features that a language model sees."""
+        value = getattr(self.root_config, self.paths.feature_layer) if self.paths.feature_layer else ()
+        layers = (value,) if isinstance(value, int) else tuple(value or ())
+        # Entry 0 of `hidden_states` is what enters the first block, entry i + 1 is what leaves block i.
+        return frozenset((layer if layer >= 0 else len(self) + 1 + layer) - 1 for layer in layers)
 
     def trim(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop the columns after the last end-of-text token of a batch: a causal tower never looks there."""
@@ -406,6 +414,7 @@ def _bind_tower(model: nn.Module, name: str, paths: TowerPaths) -> Tower:
         container=container,
         prefix=prefix,
         config=_resolve(model.config, paths.config),
+        root_config=model.config,
         before=tuple(_resolve(model, path) for path in paths.before if _has(model, path)),
         beside=tuple(_resolve(model, path) for path in paths.beside if _has(model, path)),
         paths=paths,
