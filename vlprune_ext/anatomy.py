@@ -32,7 +32,8 @@ class SitePaths:
     owner: str = ""  # keeps the head counts
     counts: tuple[str, ...] = ()  # attributes of `owner` that count heads
     widths: tuple[str, ...] = ()  # attributes of `owner` that count heads * head_dim
-    removable: bool = True  # False: the forward cannot run with fewer units, so they are zeroed instead
+    removable: bool = True  # False: the class's own forward cannot run with fewer units
+    free_head_dim: bool = False  # the config can set head_dim apart from the number of heads
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,14 @@ _CLIP = _pre_norm(
     "self_attn", _QKV, "out_proj", ("layer_norm1", "layer_norm2"), ("fc1",), "fc2", counts=("num_heads",)
 )
 _BLIP = _pre_norm(
-    "self_attn", ("qkv",), "projection", ("layer_norm1", "layer_norm2"), ("fc1",), "fc2", removable=False
+    "self_attn",
+    ("qkv",),
+    "projection",
+    ("layer_norm1", "layer_norm2"),
+    ("fc1",),
+    "fc2",
+    counts=("num_heads",),
+    removable=False,
 )
 _VIT = _pre_norm(
     "attention",
@@ -87,6 +95,7 @@ _VIT = _pre_norm(
     ("fc1",),
     "fc2",
     counts=("num_attention_heads",),
+    free_head_dim=True,
 )
 _LLAMA = _pre_norm(
     "self_attn",
@@ -95,6 +104,7 @@ _LLAMA = _pre_norm(
     ("input_layernorm", "post_attention_layernorm"),
     ("gate_proj", "up_proj"),
     "down_proj",
+    free_head_dim=True,
 )
 _BERT = Layout(
     (

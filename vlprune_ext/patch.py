@@ -40,6 +40,12 @@ class Patches:
         """Register a forward hook."""
         self._undo.append(module.register_forward_hook(hook, **kwargs).remove)
 
+    def attribute(self, owner: object, name: str, value: object) -> None:
+        """Set an attribute."""
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        self._undo.append(lambda: setattr(owner, name, before))
+
     def undo(self) -> None:
         while self._undo:
             self._undo.pop()()
