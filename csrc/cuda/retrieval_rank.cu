@@ -190,27 +190,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSM)
   extern __shared__ __align__(128) char shared[];
   const int64_t first = p.tiles * blockIdx.x / gridDim.x, last = p.tiles * (blockIdx.x + int64_t{1}) / gridDim.x;
   Place<Tile> place(p, first);
-  float best[Tile::kThreadRows];
-  int32_t count[Tile::kThreadRows];
-  bool fresh = true;  // the present queries' best scores are still to be read
-  int64_t left = last - first;
-
   stream_tiles<Tile>(shared, {p.d, p.d, p.d}, place, last - first, [&](const Tile& tile) {
-    const int64_t queries = place.v * p.n;
-    if (fresh) {
+    const auto count_tile = [&](auto whole_tile) {
+      constexpr bool kWhole = decltype(whole_tile)::value;  // else columns past M count for nothing
 #pragma unroll
       for (int r = 0; r < Tile::kThreadRows; ++r) {
-        const int64_t n = place.row + tile.row(r);
-        best[r] = n < p.n ? p.best[queries + n] : 0.0f;
-        count[r] = 0;
-      }
-      fresh = false;
-    }
-
-    const auto add_higher = [&](auto whole_tile) {
-      constexpr bool kWhole = decltype(whole_tile)::value;
-#pragma unroll
-      for (int r = 0; r < Tile::kThreadRows; ++r) {
+        const int64_t n = place.row + tile.row(r), query = place.v * p.n + n;
+        const float best = n < p.n ? __ldg(p.best + query) : 0.0f;
+        int32_t higher = 0;
         bool has_nan = false;
 #pragma unroll
         for (int s = 0; s < Tile::kSegments; ++s) {
@@ -218,36 +205,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSM)
           for (int e = 0; e < Tile::kSegment; ++e) {
             if (!kWhole && place.column + tile.column(s) + e >= p.m) continue;
             const float score = tile.value(r, s, e);
-            count[r] += score > best[r];
+            higher += score > best;
             has_nan |= score != score;
           }
         }
-        if (has_nan) count[r] |= kNaN;
+        if (has_nan) higher |= 1 << 16;  // far above a tile's count, so that one sum serves both
+#pragma unroll
+        for (int lanes = 1; lanes < Tile::kRowLanes; lanes *= 2) higher += __shfl_xor_sync(0xffffffffu, higher, lanes);
+        if (n < p.n && threadIdx.x % Tile::kRowLanes == 0) {
+          if ((higher & 0xffff) != 0) atomicAdd(p.rank + query, higher & 0xffff);
+          if (higher >> 16 != 0) atomicOr(p.rank + query, kNaN);
+        }
       }
     };
     if (place.column + Tile::kCols <= p.m) {
-      add_higher(std::true_type{});
+      count_tile(std::true_type{});
     } else {
-      add_higher(std::false_type{});
-    }
-
-    --left;
-    if (left == 0 || place.column + Tile::kCols >= p.m) {  // the run leaves these queries
-#pragma unroll
-      for (int r = 0; r < Tile::kThreadRows; ++r) {
-        const int64_t n = place.row + tile.row(r);
-        int32_t nan = count[r] & kNaN, sum = count[r] & ~kNaN;
-#pragma unroll
-        for (int lanes = 1; lanes < Tile::kRowLanes; lanes *= 2) {
-          nan |= __shfl_xor_sync(0xffffffffu, nan, lanes);
-          sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-        }
-        if (n < p.n && threadIdx.x % Tile::kRowLanes == 0) {
-          if (sum != 0) atomicAdd(p.rank + queries + n, sum);
-          if (nan != 0) atomicOr(p.rank + queries + n, nan);
-        }
-      }
-      fresh = true;
+      count_tile(std::false_type{});
     }
     place.advance();
   });
