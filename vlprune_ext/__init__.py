@@ -1,7 +1,75 @@
 """vlprune_ext: pruning vision-language models with C++ and CUDA kernels."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-from . import ops, reference
+if TYPE_CHECKING:
+    from . import ops, reference, zoo
+    from .anatomy import describe
+    from .checkpoint import load_pruned, save_pruned
+    from .data import Data, load_data
+    from .distill import distill
+    from .interventions import DropHead, DropLayer, DropNeurons
+    from .methods import Magnitude, MoPE, Random, Taylor
+    from .objectives import Contrastive, LMLoss, Objective, Retrieval, ZeroShot
+    from .pipeline import Result, evaluate, measure, plan_cost, prune
+    from .plan import Module, Plan, Scores
+    from .replay import Replay
+    from .scoring import score
+    from .surgery import apply, masked
 
-__all__ = ["__version__", "ops", "reference"]
+# Public name -> where it lives. Loaded on first use, so that `vlprune --help` does not wait for torch.
+_HOMES = {
+    "describe": "anatomy",
+    "load_pruned": "checkpoint",
+    "save_pruned": "checkpoint",
+    "Data": "data",
+    "load_data": "data",
+    "distill": "distill",
+    "DropHead": "interventions",
+    "DropLayer": "interventions",
+    "DropNeurons": "interventions",
+    "Magnitude": "methods",
+    "MoPE": "methods",
+    "Random": "methods",
+    "Taylor": "methods",
+    "Contrastive": "objectives",
+    "LMLoss": "objectives",
+    "Objective": "objectives",
+    "Retrieval": "objectives",
+    "ZeroShot": "objectives",
+    "Result": "pipeline",
+    "evaluate": "pipeline",
+    "measure": "pipeline",
+    "plan_cost": "pipeline",
+    "prune": "pipeline",
+    "Module": "plan",
+    "Plan": "plan",
+    "Scores": "plan",
+    "Replay": "replay",
+    "score": "scoring",
+    "apply": "surgery",
+    "masked": "surgery",
+}
+_ROOMS = ("ops", "reference", "zoo")
+
+__all__ = ["__version__", *_ROOMS, *_HOMES]
+
+
+def __getattr__(name: str):
+    if name in _ROOMS:
+        value = importlib.import_module(f".{name}", __name__)
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

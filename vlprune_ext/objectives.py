@@ -36,6 +36,7 @@ class Objective(ABC):
 
     name: str
     differentiable = True
+    sees_cross_attention = True
 
     @abstractmethod
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
@@ -89,7 +90,9 @@ def _positives(data: Data) -> Tensor:
 
 
 class _DualEncoder(Objective):
-    """Objectives on the embeddings of an image tower and a text tower."""
+    """Objectives on the embeddings of an image tower and a text tower, each computed without the other."""
+
+    sees_cross_attention = False
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
         embed = anatomy.family.embed

@@ -73,11 +73,16 @@ def rewired_order(
     for tower in towers:
         sites = [block.sites["neurons"] for block in anatomy.tower(tower).blocks]
         energy = [torch.zeros(site.units, dtype=torch.float64, device=site.out.weight.device) for site in sites]
+
+        def add_to(total: Tensor) -> Callable:
+            def hook(_, args):
+                total.add_(args[0].double().square().flatten(0, -2).sum(0))
+
+            return hook
+
         with Patches() as patches, evaluation_mode(anatomy.model):
             for site, total in zip(sites, energy):
-                patches.pre_hook(
-                    site.out, lambda _, args, _t=total: _t.add_(args[0].double().square().flatten(0, -2).sum(0)) and None
-                )
+                patches.pre_hook(site.out, add_to(total))
             for inputs in objective.batches(anatomy, tower, data, batch_size):
                 objective.outputs(anatomy, tower, inputs)
         importance = [total.sqrt() * site.out.weight.double().norm(dim=0) for site, total in zip(sites, energy)]

@@ -1,0 +1,183 @@
+"""`prune`, `evaluate`, `measure` and `plan_cost`: the methods put to work on a model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .anatomy import Anatomy, describe
+from .data import Data
+from .methods.structured import Structured
+from .objectives import Objective, objective_named
+from .patch import Patches, evaluation_mode
+from .plan import Plan, Scores
+from .replay import Progress
+from .scoring import candidates, check_kinds, neuron_groups
+from .surgery import apply
+
+
+@dataclass
+class Result:
+    """What `prune` did.
+
+    model          the model, pruned in place
+    plan           what went; `applied` in the record of `save_pruned` is after rounding
+    scores         the method's scores before anything went
+    before, after  what `evaluate` and `measure` say
+    method, data   the method's fields; name, split and hash of the calibration data
+    """
+
+    model: nn.Module
+    plan: Plan
+    scores: Scores | None
+    before: dict[str, float]
+    after: dict[str, float]
+    method: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+
+
+def default_objective(anatomy: Anatomy) -> Objective:
+    """Retrieval for a model that embeds images and texts, the language-model loss for one that predicts tokens."""
+    return objective_named("retrieval" if anatomy.family.embed and len(anatomy.family.embed) == 2 else "lm_loss")
+
+
+def evaluate(
+    model: nn.Module, data: Data, objective: str | Objective | None = None, *, batch_size: int = 32
+) -> dict[str, float]:
+    """The numbers an objective reports, for instance recall@1; None picks what suits the model."""
+    anatomy = describe(model)
+    objective = default_objective(anatomy) if objective is None else objective_named(objective)
+    return objective.report(anatomy, data, batch_size)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, data: Data, objective: str | Objective | None = None, *, repeats: int = 20) -> dict:
+    """Parameters; FLOPs (two per multiply-add) and latency (median, batch 1) of one sample through all towers."""
+    anatomy = describe(model)
+    objective = default_objective(anatomy) if objective is None else objective_named(objective)
+    one = data.subset(1)
+    towers = objective.towers(anatomy)[:1] if objective.name == "lm_loss" else objective.towers(anatomy)
+    with evaluation_mode(model):
+        inputs = {tower: objective.batches(anatomy, tower, one, 1)[0] for tower in towers}
+
+        def run() -> None:
+            for tower, batch in inputs.items():
+                objective.outputs(anatomy, tower, batch)
+
+        with FlopCounterMode(display=False) as counter:
+            run()
+        seconds = [_timed(run, model) for _ in range(repeats + 3)][3:]
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "flops": counter.get_total_flops(),
+        "latency_ms": 1000 * statistics.median(seconds),
+    }
+
+
+def _timed(run, model: nn.Module) -> float:
+    cuda = next(model.parameters()).is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def prune(
+    model: nn.Module,
+    data: Data,
+    method: Structured,
+    *,
+    evaluation: Data | None = None,
+    mode: str = "remove",
+    round_to: int = 8,
+    progress: Progress | None = None,
+) -> Result:
+    """Plan, apply and measure: the model is pruned in place.
+
+    data        calibration data: what the method may look at
+    evaluation  data for the numbers before and after; None measures size and speed only
+    mode        "remove": heads, neurons and layers are physically gone; "mask": their weights are zeroed
+    round_to    MLP widths stay multiples of this
+    """
+    sample = evaluation or data
+
+    def numbers() -> dict:
+        quality = evaluate(model, evaluation) if evaluation is not None else {}
+        return {**quality, **measure(model, sample)}
+
+    before = numbers()
+    plan = method.plan(model, data, progress=progress)
+    apply(model, plan, data, mode=mode, round_to=round_to)
+    return Result(
+        model=model,
+        plan=plan,
+        scores=method.scores,
+        before=before,
+        after=numbers(),
+        method=method.describe(),
+        data={"name": data.name, "split": data.split, "hash": data.hash, "samples": data.n_images},
+    )
+
+
+@torch.no_grad()
+def plan_cost(
+    model: nn.Module,
+    data: Data,
+    *,
+    modules: Sequence[str] = ("head", "neurons"),
+    towers: Sequence[str] | None = None,
+    objective: str | Objective = "contrastive",
+    neurons_per_group: int = 64,
+    steps: int = 1,
+    batch_size: int = 32,
+) -> dict:
+    """What a scoring job will cost, before it starts: an upper bound, since later steps score what is left.
+
+    Returns ``{"towers": {tower: {...}}, ...totals}`` with modules, block_runs (by replay), naive_block_runs, flops,
+    stream_bytes (the residual streams held), seconds (from timing one batch).
+    """
+    anatomy = describe(model)
+    objective = objective_named(objective)
+    kinds = check_kinds(modules)
+    towers = tuple(towers) if towers is not None else objective.towers(anatomy)
+    groups = neuron_groups(anatomy, towers, neurons_per_group) if "neurons" in kinds else {}
+    result = {}
+    for tower in towers:
+        depth = len(anatomy.tower(tower))
+        found = [c.intervention for c in candidates(anatomy, (tower,), kinds, groups)]
+        batches = objective.batches(anatomy, tower, data, batch_size)
+        rows = sum(len(next(iter(batch.values()))) for batch in batches)
+        runs = depth + sum(depth - i.layer - (i.kind == "layer") for i in found)
+        per_row, stream, seconds = _one_batch(anatomy, objective, tower, batches[0])
+        result[tower] = {
+            "modules": len(found),
+            "block_runs": rows * runs * steps,
+            "naive_block_runs": rows * depth * (1 + len(found)) * steps,
+            "flops": rows * runs * steps * per_row // depth,
+            "stream_bytes": rows * stream,
+            "seconds": rows * runs * steps * seconds / depth,
+        }
+    totals = {key: sum(t[key] for t in result.values()) for key in ("modules", "block_runs", "naive_block_runs", "flops", "seconds")}
+    return {"towers": result, **totals, "stream_bytes": max(t["stream_bytes"] for t in result.values())}
+
+
+def _one_batch(anatomy: Anatomy, objective: Objective, tower: str, batch: dict) -> tuple[int, int, float]:
+    """FLOPs, residual-stream bytes and seconds of one row."""
+    rows = len(next(iter(batch.values())))
+    sizes: list[int] = []
+    with evaluation_mode(anatomy.model), Patches() as patches:
+        block = anatomy.tower(tower).blocks[0].module
+        patches.hook(block, lambda _, __, out: sizes.append(out.numel() * out.element_size()))
+        with FlopCounterMode(display=False) as counter:
+            objective.outputs(anatomy, tower, batch)
+        seconds = min(_timed(lambda: objective.outputs(anatomy, tower, batch), anatomy.model) for _ in range(2))
+    return counter.get_total_flops() // rows, sizes[0] // rows, seconds / rows
