@@ -1,0 +1,204 @@
+"""DigitScenes: coloured real handwritten digits on a 2 x 2 grid, with captions that say what is where.
+
+The digits are the 1,797 8 x 8 images of the UCI "Optical Recognition of Handwritten Digits" test set (CC BY 4.0), the
+same that scikit-learn ships as ``load_digits``; ``digits.safetensors`` beside this file holds them as uint8. They are
+divided among the splits *before* any scene is composed, so a digit seen in one split never appears in another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+SPLITS = ("train", "calibration", "validation", "test")
+POSITIONS = ("top left", "top right", "bottom left", "bottom right")
+COLOURS = {
+    "red": (230, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (235, 225, 50),
+    "green": (50, 190, 60),
+    "cyan": (50, 200, 220),
+    "blue": (50, 80, 235),
+    "purple": (160, 60, 210),
+    "white": (235, 235, 235),
+}
+IMAGE_SIZE = 48
+CELL = IMAGE_SIZE // 2
+SIZES = (14, 16, 18, 20)  # side of a placed digit in pixels
+SINGLES = len(COLOURS) * 10 * len(POSITIONS)  # how many different scenes of one object can be told apart by caption
+
+_SHARE = {"train": 0.70, "calibration": 0.10, "validation": 0.10, "test": 0.10}
+_SPLIT_SEED = 20240711
+_NAMES = tuple(COLOURS)
+_RGB = np.array(list(COLOURS.values()), dtype=np.float32)  # [C, 3]
+
+
+@dataclass(frozen=True)
+class Object:
+    """One digit in a scene: where it is, its colour, what it is, and which of the 1,797 images it is drawn from."""
+
+    position: int
+    colour: int
+    digit: int
+    source: int
+
+    @property
+    def phrase(self) -> str:
+        """E.g. ``"a red 3 top left"``."""
+        return describe(self.colour, self.digit, self.position)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is in it, objects in reading order.
+
+    image    [48, 48, 3]  uint8 RGB
+    objects  1 to 4 of ``Object``
+    """
+
+    image: np.ndarray
+    objects: tuple[Object, ...]
+
+    @property
+    def caption(self) -> str:
+        """E.g. ``"a red 3 top left, a blue 7 bottom right"``."""
+        return ", ".join(o.phrase for o in self.objects)
+
+
+def describe(colour: int, digit: int, position: int) -> str:
+    """The phrase for one object, from indices into ``COLOURS``, the ten digits and ``POSITIONS``."""
+    name = _NAMES[colour]
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name} {digit} {POSITIONS[position]}"
+
+
+@functools.cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """All digit images [1797, 8, 8] uint8 (0 to 16) and what they show [1797] uint8."""
+    stored = load_file(Path(__file__).with_name("digits.safetensors"))
+    for array in stored.values():
+        array.setflags(write=False)
+    return stored["images"], stored["labels"]
+
+
+@functools.cache
+def split_indices(split: str) -> np.ndarray:
+    """Which of the 1,797 digits belong to ``split``, ascending [n] int64; the same share of each digit class."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    rng = np.random.default_rng(_SPLIT_SEED)
+    labels = digits()[1]
+    bounds = np.cumsum([_SHARE[name] for name in SPLITS])
+    chosen = []
+    for digit in range(10):
+        members = rng.permutation(np.flatnonzero(labels == digit))
+        edges = [0, *np.rint(bounds * len(members)).astype(int)]
+        at = SPLITS.index(split)
+        chosen.append(members[edges[at] : edges[at + 1]])
+    return np.sort(np.concatenate(chosen))
+
+
+@functools.cache
+def _by_digit(split: str) -> tuple[np.ndarray, ...]:
+    indices = split_indices(split)
+    labels = digits()[1][indices]
+    return tuple(indices[labels == digit] for digit in range(10))
+
+
+@functools.cache
+def _enlarged(size: int) -> np.ndarray:
+    """Every digit by linear interpolation at ``size`` pixels, 0 to 1: [1797, size, size] float32."""
+    centre = np.clip((np.arange(size) + 0.5) * 8 / size - 0.5, 0, 7)
+    low = np.minimum(centre.astype(int), 6)
+    weight = np.zeros((size, 8), dtype=np.float32)
+    weight[np.arange(size), low] = 1 - (centre - low)
+    weight[np.arange(size), low + 1] = centre - low
+    return np.einsum("yi,nij,xj->nyx", weight, digits()[0].astype(np.float32) / 16, weight, optimize=True)
+
+
+def _paint(objects: Sequence[Object], rng: np.random.Generator) -> np.ndarray:
+    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.uniform(0, 60), dtype=np.float32)
+    for o in objects:
+        size = SIZES[rng.integers(len(SIZES))]
+        dy, dx = rng.integers(0, CELL - size + 1, 2)
+        y, x = o.position // 2 * CELL + dy, o.position % 2 * CELL + dx
+        colour = _RGB[o.colour] * rng.uniform(0.6, 1.0) + rng.integers(-20, 21, 3).astype(np.float32)
+        patch = canvas[y : y + size, x : x + size]
+        patch += _enlarged(size)[o.source][:, :, None] * (colour.astype(np.float32) - patch)
+    canvas += rng.integers(-25, 26, canvas.shape, dtype=np.int8)
+    return np.rint(np.clip(canvas, 0, 255)).astype(np.uint8)
+
+
+class DigitScenes(Sequence[Scene]):
+    """``n`` scenes of one to four digits, no two with the same caption.
+
+    The same ``(split, seed, objects)`` gives the same scenes in the same order, and fewer scenes are the first of more.
+
+    Parameters
+    ----------
+    split : {"train", "calibration", "validation", "test"}
+        Which digits are used. They never overlap between splits.
+    n : int
+        How many scenes.
+    seed : int
+        Another seed, other scenes (of the same split's digits).
+    objects : tuple of int
+        How many digits a scene may hold; each number is equally likely. ``(1,)`` with n = 320 is every colour, digit
+        and position once.
+
+    Raises
+    ------
+    ValueError
+        Unknown split, a negative seed, n below one, or more scenes than there are different captions.
+    """
+
+    def __init__(self, split: str, n: int = 1000, seed: int = 0, objects: tuple[int, ...] = (1, 2, 3, 4)) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        if n < 1:
+            raise ValueError(f"n is {n}, expected at least 1 scene")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected 0 or more")
+        if not objects or not set(objects) <= {1, 2, 3, 4}:
+            raise ValueError(f"objects is {objects!r}, expected numbers from 1 to 4")
+        if set(objects) == {1} and n > SINGLES:
+            raise ValueError(f"n is {n}, but only {SINGLES} scenes of one object have different captions")
+        self.split, self.seed, self.objects = split, seed, tuple(objects)
+        self._scenes = tuple(self._compose(n))
+
+    def _compose(self, n: int) -> Iterator[Scene]:
+        rng = np.random.default_rng([SPLITS.index(self.split), self.seed, *self.objects])
+        pool = _by_digit(self.split)
+        seen: set[tuple[tuple[int, int, int], ...]] = set()
+        while len(seen) < n:
+            count = self.objects[rng.integers(len(self.objects))]
+            placed = []
+            for position in sorted(rng.permutation(4)[:count].tolist()):
+                colour, digit = int(rng.integers(len(COLOURS))), int(rng.integers(10))
+                source = int(pool[digit][rng.integers(len(pool[digit]))])
+                placed.append(Object(position, colour, digit, source))
+            what = tuple((o.position, o.colour, o.digit) for o in placed)
+            if what in seen:
+                continue
+            seen.add(what)
+            yield Scene(_paint(placed, rng), tuple(placed))
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index):
+        return self._scenes[index]
+
+    @property
+    def images(self) -> np.ndarray:
+        """All pictures [n, 48, 48, 3] uint8."""
+        return np.stack([scene.image for scene in self])
+
+    @property
+    def captions(self) -> list[str]:
+        """One caption a picture, all different."""
+        return [scene.caption for scene in self]
