@@ -6,11 +6,15 @@ and norms are random too, so that nothing is right by being zero.
 
 from __future__ import annotations
 
+import random
+
 import torch
 import transformers
 from torch import Tensor, nn
 
+from vlprune_ext.anatomy import describe
 from vlprune_ext.data import Classes, Data
+from vlprune_ext.plan import Plan
 
 NAMES = ("clip", "siglip", "blip_itr", "blip_vqa", "llava", "vit", "llama")
 DUAL = ("clip", "siglip", "blip_itr")  # two towers that embed
@@ -191,6 +195,19 @@ def retrieval_data(name: str, model: nn.Module, n: int = 6, seed: int = 0, *, te
         prompts = _texts(name, 5, generator)  # two prompts for each of the first two classes, one for the third
         classes = Classes(prompts, torch.tensor([0, 0, 1, 1, 2]), ["one", "two", "three"])
     return Data(f"tiny-{name}", "calibration", images, texts, owner, classes, labels).to(model.device)
+
+
+def uneven_plan(model: nn.Module, seed: int = 0, *, layers: bool = True) -> Plan:
+    """Another number of heads and neurons in every block, and (``layers``) one block fewer in every tower."""
+    draw = random.Random(seed)
+    plan = Plan(describe(model).shape())
+    for tower, blocks in plan.shape.items():
+        for layer, units in enumerate(blocks):
+            for kind, count in units.items():
+                plan.add(tower, kind, layer, draw.sample(range(count), draw.randrange(1 if layer == 0 else 0, count)))
+        if layers:
+            plan.add(tower, "layer", draw.randrange(len(blocks)), [])
+    return plan
 
 
 def outputs(name: str, model: nn.Module, values: dict[str, Tensor]) -> Tensor:
