@@ -166,11 +166,17 @@ class Scores:
         """Read what `save` wrote, JSON or CSV."""
         if str(path).endswith(".csv"):
             with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            content: dict = {}
+                content: dict = {"modules": list(csv.DictReader(file))}
         else:
             content = _read_json(path, "scores")
-            rows = content["modules"]
+        try:
+            return cls._from_dict(content)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: malformed scores ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def _from_dict(cls, content: dict) -> Scores:
+        rows = content["modules"]
         return cls(
             modules=[Module(r["tower"], r["kind"], int(r["layer"]), int(r["index"])) for r in rows],
             value=torch.tensor([float(r["value"]) for r in rows], dtype=torch.float64),

@@ -5,6 +5,7 @@ import torch
 import transformers
 from models import tiny
 from torch import nn
+
 from vlprune_ext import anatomy
 from vlprune_ext.anatomy import Family, describe
 from vlprune_ext.plan import Plan
