@@ -34,7 +34,7 @@ struct Params {
   T* out;
   int64_t n, d, v, group_size, base_stride;
   PanelShape shape;
-  int64_t tiles;
+  int64_t tiles, column_tiles;
   bool vector_out;  // rows of base and out start at multiples of 16 bytes, and D is one of kVector<T>
   int64_t groups[kGroupsPerLaunch];
 };
@@ -44,29 +44,29 @@ template <class Tile>
 struct Place {
   using T = typename Tile::T;
   const Params<T>& p;
-  int64_t i, column, row;
+  int i, column_tile, row_tile;
 
   __device__ __forceinline__ Place(const Params<T>& params, int64_t tile) : p(params) {
-    const int64_t column_tiles = (p.d + Tile::kCols - 1) / Tile::kCols;
-    i = tile % p.v;
-    column = tile / p.v % column_tiles * Tile::kCols;
-    row = tile / p.v / column_tiles * Tile::kRows;
+    i = static_cast<int>(tile % p.v);
+    column_tile = static_cast<int>(tile / p.v % p.column_tiles);
+    row_tile = static_cast<int>(tile / p.v / p.column_tiles);
   }
 
   __device__ __forceinline__ void advance() {
     if (++i < p.v) return;
     i = 0;
-    column += Tile::kCols;
-    if (column < p.d) return;
-    column = 0;
-    row += Tile::kRows;
+    if (++column_tile < p.column_tiles) return;
+    column_tile = 0;
+    ++row_tile;
   }
 
+  __device__ __forceinline__ int64_t row() const { return int64_t{row_tile} * Tile::kRows; }
+  __device__ __forceinline__ int64_t column() const { return int64_t{column_tile} * Tile::kCols; }
   __device__ __forceinline__ Panels<T> panels() const {
     const int64_t k = p.groups[i] * p.group_size;
-    return {p.x + row * p.shape.a_stride + k, p.weight + column * p.shape.b_stride + k,
-            static_cast<int>(min(p.n - row, int64_t{Tile::kRows})),
-            static_cast<int>(min(p.d - column, int64_t{Tile::kCols}))};
+    return {p.x + row() * p.shape.a_stride + k, p.weight + column() * p.shape.b_stride + k,
+            static_cast<int>(min(p.n - row(), int64_t{Tile::kRows})),
+            static_cast<int>(min(p.d - column(), int64_t{Tile::kCols}))};
   }
 };
 
@@ -78,16 +78,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSM)
   extern __shared__ __align__(128) char shared[];
   const int64_t first = p.tiles * blockIdx.x / gridDim.x, last = p.tiles * (blockIdx.x + int64_t{1}) / gridDim.x;
   Place<Tile> place(p, first);
-  stream_tiles<Tile>(shared, p.shape, place, last - first, [&](const Tile& tile) {
+  stream_tiles<Tile>(shared, p.shape, place, static_cast<int>(last - first), [&](const Tile& tile) {
 #pragma unroll
     for (int r = 0; r < Tile::kThreadRows; ++r) {
-      const int64_t row = place.row + tile.row(r);
+      const int64_t row = place.row() + tile.row(r);
       if (row >= p.n) continue;
       const T* base = p.base + row * p.base_stride;
       T* out = p.out + (place.i * p.n + row) * p.d;
 #pragma unroll
       for (int s = 0; s < Tile::kSegments; ++s) {
-        const int64_t column = place.column + tile.column(s);
+        const int64_t column = place.column() + tile.column(s);
         if (p.vector_out) {
           if (column >= p.d) continue;
           float y[kWidth];
@@ -116,6 +116,7 @@ void launch(const LeaveOneOut& args, cudaStream_t stream) {
   p.base = static_cast<const T*>(args.base);
   p.n = args.n, p.d = args.d, p.group_size = args.group_size, p.base_stride = args.base_stride;
   p.shape = {args.x_stride, args.weight_stride, args.group_size};
+  p.column_tiles = ceil_div(args.d, Tile::kCols);
   p.vector_out = is_aligned16(args.base) && is_aligned16(args.out) && args.base_stride % kVector<T> == 0 &&
                  args.d % kVector<T> == 0;
 
@@ -124,7 +125,7 @@ void launch(const LeaveOneOut& args, cudaStream_t stream) {
   for (int64_t begin = 0; begin < args.v; begin += kGroupsPerLaunch) {
     p.v = std::min<int64_t>(args.v - begin, kGroupsPerLaunch);
     p.out = static_cast<T*>(args.out) + begin * args.n * args.d;
-    p.tiles = p.v * ceil_div(args.n, Tile::kRows) * ceil_div(args.d, Tile::kCols);
+    p.tiles = p.v * ceil_div(args.n, Tile::kRows) * p.column_tiles;
     std::copy_n(args.groups + begin, p.v, p.groups);
     kernel<<<static_cast<unsigned>(std::min(p.tiles, slots)), Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
     VLPRUNE_CHECK_LAUNCH("leave_one_out");

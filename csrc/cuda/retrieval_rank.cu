@@ -46,12 +46,12 @@ struct Params {
   int32_t* rank;
   int64_t v, n, m, d, p;
   int64_t gallery_step;  // elements between the galleries of two variants; 0 when they share one
-  int64_t tiles;
+  int64_t tiles, row_tiles, column_tiles;
   bool vector;  // all rows start at multiples of 16 bytes
 };
 
 // The larger of two scores, NaN if either is.
-__device__ __forceinline__ float max_or_nan(float x, float y) { return y > x || y != y ? (x != x ? x : y) : x; }
+__device__ __forceinline__ float max_or_nan(float x, float y) { return y > x || y != y ? y : x; }
 
 // fp32: one thread per query.
 __global__ void __launch_bounds__(64) best_score_kernel(const Params<float> p) {
@@ -157,30 +157,32 @@ template <class Tile>
 struct Place {
   using T = typename Tile::T;
   const Params<T>& p;
-  int64_t column, row, v;
+  int column_tile, row_tile, v;
 
   __device__ __forceinline__ Place(const Params<T>& params, int64_t tile) : p(params) {
-    const int64_t column_tiles = (p.m + Tile::kCols - 1) / Tile::kCols,
-                  row_tiles = (p.n + Tile::kRows - 1) / Tile::kRows;
-    column = tile % column_tiles * Tile::kCols;
-    row = tile / column_tiles % row_tiles * Tile::kRows;
-    v = tile / column_tiles / row_tiles;
+    column_tile = static_cast<int>(tile % p.column_tiles);
+    row_tile = static_cast<int>(tile / p.column_tiles % p.row_tiles);
+    v = static_cast<int>(tile / p.column_tiles / p.row_tiles);
   }
 
   __device__ __forceinline__ void advance() {
-    column += Tile::kCols;
-    if (column < p.m) return;
-    column = 0;
-    row += Tile::kRows;
-    if (row < p.n) return;
-    row = 0;
+    if (++column_tile < p.column_tiles) return;
+    column_tile = 0;
+    if (++row_tile < p.row_tiles) return;
+    row_tile = 0;
     ++v;
   }
 
+  __device__ __forceinline__ int64_t first_query() const { return v * p.n + int64_t{row_tile} * Tile::kRows; }
+  __device__ __forceinline__ int rows() const {
+    return static_cast<int>(min(p.n - int64_t{row_tile} * Tile::kRows, int64_t{Tile::kRows}));
+  }
+  __device__ __forceinline__ int columns() const {
+    return static_cast<int>(min(p.m - int64_t{column_tile} * Tile::kCols, int64_t{Tile::kCols}));
+  }
   __device__ __forceinline__ Panels<T> panels() const {
-    return {p.query + (v * p.n + row) * p.d, p.gallery + v * p.gallery_step + column * p.d,
-            static_cast<int>(min(p.n - row, int64_t{Tile::kRows})),
-            static_cast<int>(min(p.m - column, int64_t{Tile::kCols}))};
+    const T* gallery = p.gallery + v * p.gallery_step + int64_t{column_tile} * Tile::kCols * p.d;
+    return {p.query + first_query() * p.d, gallery, rows(), columns()};
   }
 };
 
@@ -190,20 +192,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSM)
   extern __shared__ __align__(128) char shared[];
   const int64_t first = p.tiles * blockIdx.x / gridDim.x, last = p.tiles * (blockIdx.x + int64_t{1}) / gridDim.x;
   Place<Tile> place(p, first);
-  stream_tiles<Tile>(shared, {p.d, p.d, p.d}, place, last - first, [&](const Tile& tile) {
+  stream_tiles<Tile>(shared, {p.d, p.d, p.d}, place, static_cast<int>(last - first), [&](const Tile& tile) {
+    const float* best_scores = p.best + place.first_query();
+    int32_t* ranks = p.rank + place.first_query();
+    const int rows = place.rows(), columns = place.columns();
     const auto count_tile = [&](auto whole_tile) {
       constexpr bool kWhole = decltype(whole_tile)::value;  // else columns past M count for nothing
 #pragma unroll
       for (int r = 0; r < Tile::kThreadRows; ++r) {
-        const int64_t n = place.row + tile.row(r), query = place.v * p.n + n;
-        const float best = n < p.n ? __ldg(p.best + query) : 0.0f;
+        const int row = tile.row(r);
+        const float best = row < rows ? __ldg(best_scores + row) : 0.0f;
         int32_t higher = 0;
         bool has_nan = false;
 #pragma unroll
         for (int s = 0; s < Tile::kSegments; ++s) {
 #pragma unroll
           for (int e = 0; e < Tile::kSegment; ++e) {
-            if (!kWhole && place.column + tile.column(s) + e >= p.m) continue;
+            if (!kWhole && tile.column(s) + e >= columns) continue;
             const float score = tile.value(r, s, e);
             higher += score > best;
             has_nan |= score != score;
@@ -212,13 +217,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSM)
         if (has_nan) higher |= 1 << 16;  // far above a tile's count, so that one sum serves both
 #pragma unroll
         for (int lanes = 1; lanes < Tile::kRowLanes; lanes *= 2) higher += __shfl_xor_sync(0xffffffffu, higher, lanes);
-        if (n < p.n && threadIdx.x % Tile::kRowLanes == 0) {
-          if ((higher & 0xffff) != 0) atomicAdd(p.rank + query, higher & 0xffff);
-          if (higher >> 16 != 0) atomicOr(p.rank + query, kNaN);
+        if (row < rows && threadIdx.x % Tile::kRowLanes == 0) {
+          if ((higher & 0xffff) != 0) atomicAdd(ranks + row, higher & 0xffff);
+          if (higher >> 16 != 0) atomicOr(ranks + row, kNaN);
         }
       }
     };
-    if (place.column + Tile::kCols <= p.m) {
+    if (columns == Tile::kCols) {
       count_tile(std::true_type{});
     } else {
       count_tile(std::false_type{});
@@ -242,7 +247,8 @@ void launch(const RetrievalRank& args, cudaStream_t stream) {
   p.v = args.v, p.n = args.n, p.m = args.m, p.d = args.d, p.p = args.p;
   p.gallery_step = args.shared_gallery ? 0 : args.m * args.d;
   p.vector = is_aligned16(args.query) && is_aligned16(args.gallery) && args.d % kVector<T> == 0;
-  p.tiles = args.v * ceil_div(args.n, Tile::kRows) * ceil_div(args.m, Tile::kCols);
+  p.row_tiles = ceil_div(args.n, Tile::kRows), p.column_tiles = ceil_div(args.m, Tile::kCols);
+  p.tiles = args.v * p.row_tiles * p.column_tiles;
   const int64_t queries = args.v * args.n;
 
   constexpr int kBestThreads = 64;

@@ -70,7 +70,10 @@ struct SimtTile {
     load_panel(a + kPanelFloats, panels.b, shape.b_stride, panels.b_rows, k0, shape.depth);
   }
 
-  __device__ __forceinline__ void multiply(int slot) {
+  __device__ __forceinline__ void start(int) {}
+
+  template <class Turn>
+  __device__ __forceinline__ void multiply(int slot, int, Turn&& turn) {
     const float* a = shared_ + slot * 2 * kPanelFloats + first_row_;
     const float* b = shared_ + slot * 2 * kPanelFloats + kPanelFloats + first_column_;
 #pragma unroll
@@ -84,6 +87,7 @@ struct SimtTile {
         for (int j = 0; j < 8; ++j) acc_[i][j] = fmaf(x[i], y[j], acc_[i][j]);
       }
     }
+    turn();
   }
 
  private:
@@ -168,35 +172,63 @@ struct TensorTile {
                       shape.depth);
   }
 
-  __device__ __forceinline__ void multiply(int slot) {
-    const char* shared = shared_ + slot * kSlotBytes;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {  // 16 elements = 2 chunks each; the chunk's bit 1 is the address's bit 5
-      uint32_t a[kFragments][4], b[2][4][2];
-#pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-        load_matrices(a[i][0], a[i][1], a[i][2], a[i][3], shared + (a_offset_ ^ (k << 5)) + i * 16 * kPitch);
-      }
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          load_matrices(b[s][j][0], b[s][j][1], b[s][j + 1][0], b[s][j + 1][1],
-                        shared + (b_offset_ ^ (k << 5)) + (s * 32 + j * 2) * kPitch);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) multiply_add<T>(acc_[i][s][j], a[i], b[s][j]);
-        }
-      }
+  __device__ __forceinline__ void start(int slot) {
+    if constexpr (kAhead) load_fragments(0, slot, 0);
+  }
+
+  // The turn comes in the middle: its waiting, address arithmetic and copies overlap with products already issued, and
+  // with kAhead the next slot's first fragments are there when their turn comes.
+  template <class Turn>
+  __device__ __forceinline__ void multiply(int slot, int next_slot, Turn&& turn) {
+    if constexpr (kAhead) {
+      load_fragments(1, slot, 1);
+      multiply_fragments(0);
+      turn();
+      load_fragments(0, next_slot, 0);
+      multiply_fragments(1);
+    } else {
+      load_fragments(0, slot, 0);
+      multiply_fragments(0);
+      load_fragments(0, slot, 1);
+      multiply_fragments(0);
+      turn();
     }
   }
 
  private:
+  static constexpr bool kAhead =
+      kBlocks == 1;  // one block alone must hide the latency of fragments, and has registers for it
+
+  // Elements 16 k .. 16 k + 15 of a slot, i.e. two chunks: k is bit 1 of the chunk, so bit 5 of the address.
+  __device__ __forceinline__ void load_fragments(int buffer, int slot, int k) {
+    const char* a = shared_ + slot * kSlotBytes + (a_offset_ ^ (k << 5));
+    const char* b = shared_ + slot * kSlotBytes + (b_offset_ ^ (k << 5));
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      uint32_t (&f)[4] = a_[buffer][i];
+      load_matrices(f[0], f[1], f[2], f[3], a + i * 16 * kPitch);
+    }
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        uint32_t (&f)[4][2] = b_[buffer][s];
+        load_matrices(f[j][0], f[j][1], f[j + 1][0], f[j + 1][1], b + (s * 32 + j * 2) * kPitch);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_fragments(int buffer) {
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply_add<T>(acc_[i][s][j], a_[buffer][i], b_[buffer][s][j]);
+      }
+    }
+  }
+
   static __device__ __forceinline__ int a_swizzle(int row) { return (row / 2) % 4; }
   static __device__ __forceinline__ int b_swizzle(int row) { return (row / 8) % 4; }
 
@@ -225,45 +257,51 @@ struct TensorTile {
 
   char* shared_;
   int first_row_, first_column_, a_offset_, b_offset_;
+  uint32_t a_[kAhead ? 2 : 1][kFragments][4], b_[kAhead ? 2 : 1][2][4][2];
   float acc_[kFragments][2][4][4];
 };
 
 // Runs `count` tiles. `Cursor` walks over them: panels() of the present one, then advance(). `finish(tile)` is called
-// by all threads when a tile is complete, in the same order. A slot is refilled one barrier after all threads have read
-// it.
+// by all threads when a tile is complete, in the same order.
+//
+// Tile::multiply(slot, next_slot, turn) calls turn() when it has read all of `slot`: from there on `next_slot` is
+// complete, for all threads, and `slot` is being refilled, because all threads have passed the barrier.
 template <class Tile, class Cursor, class Finish>
-__device__ __forceinline__ void stream_tiles(char* shared, const PanelShape& shape, Cursor cursor, int64_t count,
+__device__ __forceinline__ void stream_tiles(char* shared, const PanelShape& shape, Cursor cursor, int count,
                                              Finish&& finish) {
   Tile tile(shared);
-  const int64_t end = shape.depth > 0 ? shape.depth : 1;
-  int64_t loading = 0, load_k = 0;
+  const int steps = shape.depth > 0 ? static_cast<int>((shape.depth + Tile::kDepth - 1) / Tile::kDepth) : 1;
+  int tiles_to_load = count;
+  int load_step = 0;
   Panels<typename Tile::T> panels = cursor.panels();
   const auto load_next = [&](int slot) {
-    if (loading < count) {
-      tile.load(slot, panels, shape, load_k);
-      load_k += Tile::kDepth;
-      if (load_k >= end) {
-        load_k = 0;
-        ++loading;
+    if (tiles_to_load > 0) {
+      tile.load(slot, panels, shape, int64_t{load_step} * Tile::kDepth);
+      if (++load_step == steps) {
+        load_step = 0;
         cursor.advance();
-        if (loading < count) panels = cursor.panels();
+        if (--tiles_to_load > 0) panels = cursor.panels();
       }
     }
-    copy_async_commit();  // also when empty: the wait below counts groups
+    copy_async_commit();  // also when empty: the waits count groups
   };
 
 #pragma unroll
-  for (int slot = 0; slot < Tile::kStages - 1; ++slot) load_next(slot);
-  int slot = 0, free_slot = Tile::kStages - 1;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int slot = 0; slot < Tile::kStages; ++slot) load_next(slot);
+  copy_async_wait<Tile::kStages - 1>();
+  __syncthreads();
+  tile.start(0);
+  int slot = 0;
+  for (; count > 0; --count) {
     tile.clear();
-    for (int64_t k = 0; k < end; k += Tile::kDepth) {
-      copy_async_wait<Tile::kStages - 2>();
-      __syncthreads();
-      load_next(free_slot);
-      tile.multiply(slot);
-      free_slot = slot;
-      slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+    for (int step = 0; step < steps; ++step) {
+      const int next_slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+      tile.multiply(slot, next_slot, [&] {
+        copy_async_wait<Tile::kStages - 2>();
+        __syncthreads();
+        load_next(slot);
+      });
+      slot = next_slot;
     }
     finish(tile);
   }
