@@ -9,10 +9,7 @@
 namespace vlprune::cpu::VLPRUNE_ISA {
 namespace {
 
-// Outputs larger than this are written past the caches: nothing of them would still be there when they are read.
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
-
-template <typename T, bool kStream>
+template <typename T>
 struct Subtract {
   Rows<T> base;
   T* out;  // [N, D] of this variant
@@ -36,12 +33,7 @@ struct Subtract {
       for (int half = 0; half < 2; ++half, from += kLanes, to += kLanes) {
         const int64_t count = width - half * kLanes;
         if (count >= kLanes) {
-          const Vec difference = sub(load(from), tile.sum[r][half]);
-          if constexpr (kStream) {
-            stream(to, difference);
-          } else {
-            store(to, difference);
-          }
+          store(to, sub(load(from), tile.sum[r][half]));
         } else if (count > 0) {
           store(to, sub(load(from, count), tile.sum[r][half]), count);
         }
@@ -52,7 +44,7 @@ struct Subtract {
   VLPRUNE_INLINE void end_of_panel(int64_t, int64_t) const {}
 };
 
-template <typename T, bool kStream>
+template <typename T>
 void run(const LeaveOneOut& args, int threads) {
   const T* const x = static_cast<const T*>(args.x);
   const T* const weight = static_cast<const T*>(args.weight);
@@ -69,32 +61,21 @@ void run(const LeaveOneOut& args, int threads) {
       const int64_t variant = item / (blocks * panels), column = item / panels % blocks * block;
       const int64_t panel = item % panels, count = smaller(panels - panel, end - item);
       const int64_t offset = args.groups[variant] * args.group_size;
-      Subtract<T, kStream> visit{{static_cast<const T*>(args.base), args.base_stride},
+      Subtract<T> visit{{static_cast<const T*>(args.base), args.base_stride},
                                  static_cast<T*>(args.out) + variant * args.n * args.d,
                                  args.d};
       multiply(Rows<T>{x + offset, args.x_stride}, panel * kRows, smaller(args.n, (panel + count) * kRows),
                Rows<T>{weight + offset, args.weight_stride}, column, smaller(block, args.d - column), args.group_size,
-               /*packed=*/false, visit);
+               visit);
       item += count;
     }
-    if constexpr (kStream) stream_fence();
   }
 }
 
 }  // namespace
 
 void leave_one_out(const LeaveOneOut& args, int threads) {
-  dispatch(args.dtype, [&](auto tag) {
-    using T = Element<decltype(tag)>;
-    const int64_t bytes = args.v * args.n * args.d * int64_t(sizeof(T));
-    // Whole tiles must start on a cache line.
-    const bool aligned = reinterpret_cast<uintptr_t>(args.out) % 64 == 0 && args.d * sizeof(T) % 64 == 0;
-    if (bytes > kStreamBytes && aligned) {
-      run<T, true>(args, threads);
-    } else {
-      run<T, false>(args, threads);
-    }
-  });
+  dispatch(args.dtype, [&](auto tag) { run<Element<decltype(tag)>>(args, threads); });
 }
 
 }  // namespace vlprune::cpu::VLPRUNE_ISA

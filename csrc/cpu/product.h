@@ -2,10 +2,12 @@
 // tile to a visitor and never stored as a whole.
 //
 // Blocking follows Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008). A block of `right` is
-// packed into panels of kColumns columns and stays in the L2/L3 cache; one panel of kRows rows of `left` is packed into L1
-// and swept along them; a tile of kRows x kColumns sums lives in registers. Both are converted to fp32 while packing. Every
-// sum runs over k in ascending order with one fused multiply-add per step (a product and a sum where the set has none),
-// whatever the blocking: chunks of k are joined through exact fp32 copies of the tile.
+// packed into panels of kColumns columns and stays in the L2 cache; one panel of kRows rows of `left` is packed into L1 and
+// swept along them; a tile of kRows x kColumns sums lives in registers. Both are converted to fp32 while packing.
+//
+// Every sum has the same shape, whatever the tile, the block and the thread: k is cut into chunks of depth_of_chunk(); each
+// chunk is one chain of fused multiply-adds from zero in ascending order of k (a product and a sum where the instruction set
+// has none), and the chunks are added up in order. Shorter chains round less than one of full length.
 #pragma once
 
 #include "cpu/isa.h"
@@ -13,16 +15,16 @@
 
 namespace vlprune::cpu::VLPRUNE_ISA {
 
-constexpr int64_t kDepth = 512;                               // at most so many k in a packed panel
-constexpr int64_t kLeftFloats = kDepth * kLanes;              // one panel of left
-constexpr int64_t kRightFloats = kDepth * 768;                // the block of right, when k fits one chunk
-constexpr int64_t kBlockColumns = 384;                        // columns of a block, when k needs several chunks
-constexpr int64_t kPartialFloats = kScratchFloats - kLeftFloats - kDepth * kBlockColumns;  // their tiles between chunks
-static_assert(kLeftFloats + kRightFloats <= kScratchFloats, "the scratch of a thread is too small");
+constexpr int64_t kDepth = 256;                           // k in a packed panel, at most
+constexpr int64_t kBlockColumns = 512;                    // columns in a block of that depth
+constexpr int64_t kLeftFloats = kDepth * kRows + kLanes;  // one panel of left, and what packing overruns
+constexpr int64_t kRightFloats = kDepth * kBlockColumns;  // the block of right
+constexpr int64_t kPartialFloats = kScratchFloats - kLeftFloats - kRightFloats;  // sums of the chunks so far
 static_assert(kPartialFloats >= kRows * kBlockColumns, "the scratch of a thread is too small");
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t depth_of_chunk(int64_t depth) { return ceil_div(depth, ceil_div(depth, kDepth)); }
 
 // A matrix whose rows lie `stride` elements apart, last dimension contiguous.
 template <typename T>
@@ -31,25 +33,27 @@ struct Rows {
   int64_t stride;
 };
 
-// dst[k * ld + r] = src[r, k] for r < kLanes and k < depth, with zeros for r >= rows.
-template <typename T>
+// dst[k * ld + r] = src[r, k] for r < kLanes and k < depth, with zeros for r >= rows. Writes whole vectors in ascending order
+// of k: with ld < kLanes each overwrites the zeros of the one before, and the last overruns by kLanes - ld.
+template <int R, typename T>  // R: rows, where that is known, else 0
 void pack(float* dst, int64_t ld, Rows<T> src, int64_t rows, int64_t depth) {
-  for (int64_t k = 0; k < depth; k += kLanes) {
-    const int64_t count = smaller(kLanes, depth - k);
-    Vec m[kLanes];
-    if (rows == kLanes && count == kLanes) {
+  int64_t k = 0;
+  if constexpr (R > 0) {
+    for (; k + kLanes <= depth; k += kLanes) {
+      Vec m[kLanes];
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) m[r] = load(src.data + r * src.stride + k);
-    } else {
-      for (int r = 0; r < kLanes; ++r) m[r] = r < rows ? load(src.data + r * src.stride + k, count) : zero();
-    }
-    transpose(m);
-    if (count == kLanes) {
+      for (int r = 0; r < kLanes; ++r) m[r] = r < R ? load(src.data + r * src.stride + k) : zero();
+      transpose(m);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(dst + (k + i) * ld, m[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) store(dst + (k + i) * ld, m[i]);
     }
+  }
+  for (; k < depth; k += kLanes) {
+    const int64_t count = smaller(kLanes, depth - k);
+    Vec m[kLanes];
+    for (int r = 0; r < kLanes; ++r) m[r] = r < rows ? load(src.data + r * src.stride + k, count) : zero();
+    transpose(m);
+    for (int64_t i = 0; i < count; ++i) store(dst + (k + i) * ld, m[i]);
   }
 }
 
@@ -59,7 +63,12 @@ void pack_right(float* dst, Rows<T> src, int64_t count, int64_t depth) {
   for (int64_t m = 0; m < count; m += kLanes) {
     const int64_t lanes = smaller(kLanes, count - m);
     float* panel = dst + (m / kColumns) * kColumns * depth + m % kColumns;
-    pack(panel, kColumns, Rows<T>{src.data + m * src.stride, src.stride}, lanes, depth);
+    const Rows<T> from{src.data + m * src.stride, src.stride};
+    if (lanes == kLanes) {
+      pack<kLanes>(panel, kColumns, from, lanes, depth);
+    } else {
+      pack<0>(panel, kColumns, from, lanes, depth);
+    }
   }
   if (count % kColumns > 0 && count % kColumns <= kLanes) {  // the last panel's second half
     float* panel = dst + (count / kColumns) * kColumns * depth + kLanes;
@@ -82,12 +91,12 @@ VLPRUNE_INLINE void accumulate(Tile<R>& tile, const float* left, const float* ri
       tile.sum[r][0] = fmadd(l, r0, tile.sum[r][0]);
       tile.sum[r][1] = fmadd(l, r1, tile.sum[r][1]);
     }
-    left += kLanes;
+    left += kRows;
     right += kColumns;
   }
 }
 
-// One panel of R rows swept along the block. `partial` holds the tiles between chunks of k (null for a single chunk).
+// One panel of R rows swept along the block. `partial` holds the sums of the chunks before (null for a single chunk).
 template <int R, typename Visitor>
 void sweep(const float* left, const float* right, float* partial, bool first, bool last, int64_t depth, int64_t row,
            int64_t rows, int64_t column, int64_t columns, Visitor& visit) {
@@ -96,11 +105,15 @@ void sweep(const float* left, const float* right, float* partial, bool first, bo
     if (last) visit.prefetch(row, rows, column + c);
     Tile<R> tile;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      tile.sum[r][0] = first ? zero() : load(partial + r * kColumns);
-      tile.sum[r][1] = first ? zero() : load(partial + r * kColumns + kLanes);
-    }
+    for (int r = 0; r < R; ++r) tile.sum[r][0] = tile.sum[r][1] = zero();
     accumulate(tile, left, right, depth);
+    if (!first) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        tile.sum[r][0] = add(load(partial + r * kColumns), tile.sum[r][0]);
+        tile.sum[r][1] = add(load(partial + r * kColumns + kLanes), tile.sum[r][1]);
+      }
+    }
     if (last) {
       visit.tile(tile, row, rows, column + c, width);
     } else {
@@ -116,34 +129,38 @@ void sweep(const float* left, const float* right, float* partial, bool first, bo
   if (last) visit.end_of_panel(row, rows);
 }
 
-// Columns of a block for this depth; what `multiply` may be asked for at once.
+// How many columns `multiply` may be asked for at once.
 inline int64_t block_columns(int64_t depth) {
-  if (depth > kDepth) return kBlockColumns;
-  return kRightFloats / depth / kColumns * kColumns;
+  return kRightFloats / depth_of_chunk(depth) / kColumns * kColumns;
 }
 
 // scores[n, m] for n in [row, row_end), row a multiple of kRows, and m in [column, column + columns), columns at most
-// block_columns(depth). `packed`: this thread's last call had the same `right`, columns and depth, in one chunk.
+// block_columns(depth).
 template <typename T, typename Visitor>
 void multiply(Rows<T> left, int64_t row, int64_t row_end, Rows<T> right, int64_t column, int64_t columns, int64_t depth,
-              bool packed, Visitor& visit) {
+              Visitor& visit) {
   float* const left_panel = scratch();
   float* const right_block = left_panel + kLeftFloats;
-  const int64_t chunks = ceil_div(depth, kDepth);
-  const int64_t chunk = ceil_div(depth, chunks);
+  const int64_t chunk = depth_of_chunk(depth);
   const int64_t panels = ceil_div(columns, kColumns);
-  float* const partial = chunks > 1 ? right_block + kDepth * kBlockColumns : nullptr;
-  const int64_t rows_at_once = chunks > 1 ? kPartialFloats / (kRows * kColumns * panels) * kRows : row_end - row;
+  float* const partial = chunk < depth ? right_block + kRightFloats : nullptr;
+  const int64_t rows_at_once =
+      partial == nullptr ? row_end - row : kPartialFloats / (kRows * kColumns * panels) * kRows;
 
   for (int64_t n0 = row; n0 < row_end; n0 += rows_at_once) {
     const int64_t n1 = smaller(row_end, n0 + rows_at_once);
     for (int64_t k = 0; k < depth; k += chunk) {
       const int64_t size = smaller(chunk, depth - k);
       const bool first = k == 0, last = k + size == depth;
-      if (!packed) pack_right(right_block, Rows<T>{right.data + column * right.stride + k, right.stride}, columns, size);
+      pack_right(right_block, Rows<T>{right.data + column * right.stride + k, right.stride}, columns, size);
       for (int64_t n = n0; n < n1; n += kRows) {
         const int64_t rows = smaller(kRows, n1 - n);
-        pack(left_panel, kLanes, Rows<T>{left.data + n * left.stride + k, left.stride}, rows, size);
+        const Rows<T> from{left.data + n * left.stride + k, left.stride};
+        if (rows == kRows) {
+          pack<kRows>(left_panel, kRows, from, rows, size);
+        } else {
+          pack<0>(left_panel, kRows, from, rows, size);
+        }
         float* tiles = partial == nullptr ? nullptr : partial + (n - n0) * kColumns * panels;
 #define VLPRUNE_SWEEP(R) sweep<R>(left_panel, right_block, tiles, first, last, size, n, rows, column, columns, visit)
         if (rows <= 1)

@@ -1,7 +1,7 @@
 // rank[v, n] = #{ m : <query[v,n], gallery[v,m]> > best[v,n] },  best = max_p <query[v,n], gallery[v,positives[n,p]]>
 //
-// First each thread takes rows (v, n) and computes best, one chain of fused multiply-adds per positive: the arithmetic of
-// every score (product.h), so that equal embeddings tie. Then the work is the sequence of (variant, block of items m, panel
+// First each thread takes rows (v, n) and computes best, with the chain of multiply-adds that every score has (product.h), so
+// that equal embeddings tie. Then the work is the sequence of (variant, block of items m, panel
 // of kRows queries n), of which thread t owns the t-th equal part; it counts a panel against a block in registers and adds
 // the counts to rank, atomically, because other blocks belong to other threads. Sums of integers: the same bits always.
 // Bytes moved: gallery once per thread at most, queries once per block of items; scores never leave the registers.
@@ -62,9 +62,14 @@ void best_positive(const T* query, const T* gallery, const int64_t* positives, i
       from[c] = query + r * d;
       item[c] = gallery + (index < 0 ? 0 : index) * d;
     }
-    for (int64_t k = 0; k < d; ++k) {
+    const int64_t chunk = depth_of_chunk(d);
+    for (int64_t k0 = 0; k0 < d; k0 += chunk) {
+      float part[kChains] = {};
+      for (int64_t k = k0; k < smaller(d, k0 + chunk); ++k) {
 #pragma GCC unroll 8
-      for (int c = 0; c < kChains; ++c) sum[c] = madd(to_float(from[c][k]), to_float(item[c][k]), sum[c]);
+        for (int c = 0; c < kChains; ++c) part[c] = madd(to_float(from[c][k]), to_float(item[c][k]), part[c]);
+      }
+      for (int c = 0; c < kChains; ++c) sum[c] = k0 == 0 ? part[c] : sum[c] + part[c];
     }
     for (int64_t r = 0; r < rows; ++r) {
       if (positives[r * p + j] < 0) continue;
@@ -103,7 +108,7 @@ void run(const RetrievalRank& args, int threads) {
       Count visit{args.best + v * args.n, args.rank + v * args.n};
       multiply(Rows<T>{query + v * args.n * args.d, args.d}, panel * kRows, smaller(args.n, (panel + count) * kRows),
                Rows<T>{gallery + v * gallery_stride, args.d}, column, smaller(block, args.m - column), args.d,
-               /*packed=*/false, visit);
+               visit);
       item += count;
     }
   }

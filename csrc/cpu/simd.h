@@ -32,6 +32,7 @@ VLPRUNE_INLINE Vec broadcast(float value) { return _mm512_set1_ps(value); }
 VLPRUNE_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 VLPRUNE_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 
 VLPRUNE_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
@@ -68,13 +69,6 @@ template <typename T>
 VLPRUNE_INLINE void store(T* p, Vec v, int64_t count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), narrow(v, T{}));
 }
-// Past the caches; `p` on a boundary of the stored vector's size.
-VLPRUNE_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
-template <typename T>
-VLPRUNE_INLINE void stream(T* p, Vec v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, T{}));
-}
-VLPRUNE_INLINE void stream_fence() { _mm_sfence(); }
 
 // Bit i of the result: lane i is greater than / not comparable with itself.
 VLPRUNE_INLINE uint32_t greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
@@ -126,6 +120,7 @@ VLPRUNE_INLINE Vec broadcast(float value) { return _mm256_set1_ps(value); }
 VLPRUNE_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 VLPRUNE_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 
 VLPRUNE_INLINE Vec widen(__m128i bits, Half) { return _mm256_cvtph_ps(bits); }
@@ -149,12 +144,6 @@ template <typename T>
 VLPRUNE_INLINE void store(T* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, T{}));
 }
-VLPRUNE_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
-template <typename T>
-VLPRUNE_INLINE void stream(T* p, Vec v) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, T{}));
-}
-VLPRUNE_INLINE void stream_fence() { _mm_sfence(); }
 
 VLPRUNE_INLINE uint32_t greater(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))); }
 VLPRUNE_INLINE uint32_t is_nan(Vec a) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q))); }
@@ -194,12 +183,8 @@ VLPRUNE_INLINE void store(T* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
 }
 VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
+VLPRUNE_INLINE Vec add(Vec a, Vec b) { return a + b; }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return a - b; }
-template <typename T>
-VLPRUNE_INLINE void stream(T* p, Vec v) {
-  store(p, v);
-}
-VLPRUNE_INLINE void stream_fence() {}
 
 VLPRUNE_INLINE uint32_t greater(Vec a, Vec b) {
   uint32_t mask = 0;
