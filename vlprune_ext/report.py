@@ -1,0 +1,453 @@
+"""The report: one HTML file with what was scored, what was cut and what became of the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import transformers
+
+from . import __version__, zoo
+from ._native import build_info
+from .checkpoint import RECORD
+from .figures import (
+    NOTHING,
+    STYLE,
+    Figure,
+    column,
+    cut,
+    heat_map,
+    kinds_of,
+    minus,
+    number,
+    ranking,
+    removed_share,
+    towers_of,
+)
+from .methods import METHODS
+from .plan import Plan, Scores, write_text
+
+SCORES = "scores.json"
+COMPARISONS = "comparisons.json"
+
+
+@dataclass
+class Record:
+    """What a report is about: the part of a `Result` that outlives the model."""
+
+    plan: Plan
+    scores: Scores | None = None
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def save_record(folder: str | os.PathLike, result: Any, comparisons: Mapping[str, Any] | None = None) -> None:
+    """Write beside a saved pruned model what `load_record` needs and pruning.json does not hold."""
+    folder = Path(folder)
+    for name in (SCORES, COMPARISONS):  # those of an earlier model in the same folder
+        (folder / name).unlink(missing_ok=True)
+    if result.scores is not None:
+        result.scores.save(folder / SCORES)
+    if comparisons:
+        numbers = {name: _numbers(other) for name, other in comparisons.items()}
+        write_text(folder / COMPARISONS, json.dumps(numbers, indent=1) + "\n")
+
+
+def load_record(folder: str | os.PathLike) -> tuple[Record, dict[str, dict]]:
+    """The record of a saved pruned model and what it was compared with. Raises ValueError if the folder holds none."""
+    folder = Path(folder)
+    path = folder / RECORD
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {RECORD}; expected a folder written by 'vlprune prune --out'")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not content["plans"]:
+            raise ValueError(f"{path}: no plan was applied to this model")
+        record = Record(
+            plan=Plan.from_dict(content["plans"][-1]["plan"]),
+            before=content["measured"]["before"] or {},
+            after=content["measured"]["after"] or {},
+            method=content["method"] or {},
+            data=content["data"] or {},
+        )
+        others = folder / COMPARISONS
+        comparisons = json.loads(others.read_text(encoding="utf-8")) if others.is_file() else {}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: malformed ({type(error).__name__}: {error})") from None
+    if (folder / SCORES).is_file():
+        record.scores = Scores.load(folder / SCORES)
+    return record, comparisons
+
+
+def applied_plan(result: Any) -> Plan:
+    """What really went: after rounding, where the model tells."""
+    plans = getattr(getattr(result, "model", None), "vlprune", {}).get("plans", [])
+    return Plan.from_dict(plans[-1]["plan"]) if plans else result.plan
+
+
+# ---- numbers as people read them ------------------------------------------------------------------------------------
+
+HIDDEN = ("image_to_text_", "text_to_image_")  # the two halves of a recall that is shown
+SIZES = ("params", "flops", "latency_ms")
+NAMES = {"params": "parameters", "flops": "FLOPs", "latency_ms": "latency"}
+
+
+def si(value: float, unit: str = "") -> str:
+    """12,345,678 -> "12.3 M"."""
+    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= factor:
+            scaled = value / factor
+            return f"{scaled:.{max(0, 2 - int(math.log10(abs(scaled))))}f}{prefix}{unit}"
+    return f"{value:.0f}{' ' + unit if unit else ''}"
+
+
+def metric(name: str, value: Any) -> str:
+    """A measured number with its unit."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return NOTHING if value is None else str(value)
+    if name in ("params", "flops"):
+        return si(value)
+    if name.endswith("_ms"):
+        return f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def change(name: str, before: Any, after: Any) -> str:
+    """What became of a number: a difference for a quality, per cent for a size."""
+    if not all(isinstance(v, (int, float)) for v in (before, after)) or before == after:
+        return ""
+    if name in SIZES or name.endswith("_ms"):
+        return minus(f"{100 * (after / before - 1):+.0f} %") if before else ""
+    return minus(f"{after - before:+.3f}")
+
+
+def columns(*numbers: Mapping[str, Any]) -> list[str]:
+    """The metrics to show: qualities first, then sizes and speed."""
+    seen = dict.fromkeys(
+        key
+        for row in numbers
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not key.startswith(HIDDEN)
+    )
+    return [key for key in seen if key not in SIZES] + [key for key in SIZES if key in seen]
+
+
+def comparison_table(result: Any, comparisons: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Rows "dense", the method, and what it is compared with; None if nothing was measured.
+
+    For the terminal and the page alike: {"columns": [...], "rows": [{"name", "main", "cells": [{"text", "change"}]}]}.
+    """
+    rows = [("dense", result.before, False), (method_name(result), result.after, True)]
+    rows += [(name, _numbers(other), False) for name, other in (comparisons or {}).items()]
+    rows = [(name, numbers, main) for name, numbers, main in rows if numbers]
+    keys = columns(*(numbers for _, numbers, _ in rows))
+    if not keys:
+        return None
+    return {
+        "keys": keys,
+        "columns": [NAMES.get(key, key.replace("_", " ")) for key in keys],
+        "rows": [
+            {
+                "name": name,
+                "main": main,
+                "cells": [
+                    {
+                        "text": metric(key, numbers.get(key)),
+                        "change": change(key, result.before.get(key), numbers.get(key)),
+                    }
+                    for key in keys
+                ],
+            }
+            for name, numbers, main in rows
+        ],
+    }
+
+
+def _numbers(other: Any) -> dict[str, Any]:
+    return dict(other) if isinstance(other, Mapping) else dict(other.after)
+
+
+def method_name(result: Any) -> str:
+    """ "MoPE" of {"name": "mope", ...}."""
+    method = result.method or result.plan.method or {}
+    name = str(method.get("name") or "pruned")
+    name = METHODS[name].__name__ if name in METHODS else name
+    return f"{name}, distilled" if method.get("distill_steps") else name
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "12 s", "3 min 20 s", "5 h 10 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    return f"{int(seconds) // 3600:,} h {int(seconds) % 3600 // 60} min"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, what was compiled, what it runs on: plain data."""
+    content: dict[str, Any] = {
+        "vlprune_ext": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+    }
+    content |= build_info()
+    content["gpus"] = [
+        f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+        for i in range(torch.cuda.device_count())
+    ]
+    content["zoo"] = zoo.names()
+    return content
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    path: str | os.PathLike, result: Any, *, comparisons: Mapping[str, Any] | None = None, title: str | None = None
+) -> None:
+    """Write a self-contained HTML report; whole or not at all.
+
+    result       a `Result` or `Record`: plan, scores, before, after, method, data
+    comparisons  name -> another `Result`, or its dict of numbers; more rows in the table
+    """
+    write_text(path, render(result, comparisons=comparisons, title=title))
+
+
+def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: str | None = None) -> str:
+    """The HTML of `write_report`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vlprune_ext"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    scores: Scores | None = result.scores
+    plan = applied_plan(result)
+    table = comparison_table(result, comparisons)
+    if table:
+        table["note"] = _table_note(result, table["keys"])
+    return environment.get_template("report.html.j2").render(
+        title=title or f"Pruning by {method_name(result)}",
+        lede=_lede(result, plan),
+        figure_style=STYLE,
+        table=table,
+        cuts=_cuts(plan),
+        layers_removed=_layers_removed(plan),
+        importance=_importance(scores, plan) if scores is not None else [],
+        extremes=extremes(scores, plan) if scores is not None else [],
+        indistinguishable=indistinguishable(scores) if scores is not None else "",
+        facts=_facts(result),
+        version=__version__,
+    )
+
+
+def _count(plan: Plan, kind: str) -> tuple[int, int]:
+    """(removed, all) units of a kind; those of removed layers count as removed."""
+    removed = total = 0
+    for tower, blocks in plan.shape.items():
+        for layer, block in enumerate(blocks):
+            units = block.get(kind, 0)
+            total += units
+            removed += units if layer in plan.layers.get(tower, []) else len(plan.removed(tower, kind, layer))
+    return removed, total
+
+
+def cut_summary(plan: Plan) -> str:
+    """ "12 of 24 heads, 768 of 1,536 neurons and 2 of 10 layers"."""
+    parts = []
+    for kind, word in (("head", "heads"), ("cross_head", "cross-attention heads"), ("neurons", "neurons")):
+        removed, total = _count(plan, kind)
+        if removed:
+            parts.append(f"{removed:,} of {total:,} {word}")
+    layers = sum(len(set(gone)) for gone in plan.layers.values())
+    if layers:
+        parts.append(f"{layers} of {sum(map(len, plan.shape.values()))} layers")
+    if not parts:
+        return "nothing"
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _lede(result: Any, plan: Plan) -> str:
+    text = f"{method_name(result)} removed {cut_summary(plan)}."
+    before, after = result.before or {}, result.after or {}
+    facts = []
+    for key in ("params", "flops"):
+        if before.get(key) and after.get(key):
+            share = 1 - after[key] / before[key]
+            facts.append(f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} {NAMES[key]}")
+    quality = next((key for key in columns(before) if key not in SIZES and key in after), None)
+    if quality:
+        facts.append(f"{quality} went from {metric(quality, before[quality])} to {metric(quality, after[quality])}")
+    if not facts:
+        return text
+    joined = "; ".join(facts)
+    return f"{text} {joined[0].upper()}{joined[1:]}."
+
+
+def _table_note(result: Any, keys: list[str]) -> str:
+    notes = ["Small figures: change against the dense model."]
+    if "flops" in keys:
+        notes.append("FLOPs of one sample, counted from shapes.")
+    extra = [
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in (result.after or {}).items()
+        if isinstance(value, str) and value
+    ]
+    if extra:
+        notes.append("Measured with " + ", ".join(extra) + ".")
+    return " ".join(notes)
+
+
+def _cuts(plan: Plan) -> list[list[Figure]]:
+    groups = []
+    for tower, blocks in plan.shape.items():
+        kinds = [k for k in ("head", "cross_head", "neurons") if any(b.get(k) for b in blocks)]
+        touched = plan.layers.get(tower) or any(plan.units(k).get(tower) for k in kinds)
+        if touched:
+            wide = len(blocks) > 24
+            groups.append([cut(plan, tower=tower, kind=k, width=850 if wide else 410) for k in kinds])
+    return groups
+
+
+def _layers_removed(plan: Plan) -> str:
+    return "; ".join(f"{t} {', '.join(map(str, sorted(gone)))}" for t, gone in plan.layers.items() if gone)
+
+
+def _importance(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
+    titles = {
+        "head": "Attention heads",
+        "cross_head": "Cross-attention heads",
+        "neurons": "Neuron groups",
+        "layer": "Layers",
+    }
+    sections = []
+    for kind in kinds_of(scores):
+        towers = towers_of(scores, kind)
+        maps = [] if kind == "layer" else [heat_map(scores, plan, tower=t, kind=kind, width=850) for t in towers]
+        sections.append(
+            {
+                "title": titles[kind],
+                "text": f"How much the objective ({scores.objective or 'unnamed'}) drops when one is left out"
+                + (f"; it is {number(scores.dense)} with all of them." if math.isfinite(scores.dense) else "."),
+                "maps": maps,
+                "map_caption": "Layers from top to bottom; colour on a square-root scale shared by the towers. "
+                "Blue: the model needs it. Orange: the model is better without it. Hatched: removed.",
+                "rankings": [ranking(scores, plan, kind=kind, width=850)],
+                "ranking_caption": _ranking_caption(scores, plan, kind),
+            }
+        )
+    return sections
+
+
+def _ranking_caption(scores: Scores, plan: Plan, kind: str) -> str:
+    text = "Lines are ± one standard error of the mean, from paired differences per sample. Square-root scale."
+    order = scores.ranking(kind=kind)
+    gone = [removed_share(scores.modules[i], scores, plan) > 0 for i in order]
+    count = sum(gone)
+    if count and not all(gone[:count]):
+        text += (
+            " The removed ones are not simply the lowest: modules are ranked by what they cost, cut within their layer,"
+            " or scored again once others are gone, as the method's fields below say."
+        )
+    return text
+
+
+def extremes(scores: Scores, plan: Plan | None, count: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The modules at both ends of the ranking, as rows of text: module, value, error, cost, removed."""
+    order = scores.ranking()
+    count = min(count, max(1, len(order) // 2))
+    tables = []
+    for title, positions in (
+        ("Least important", order[:count]),
+        ("Most important", order[: -count - 1 : -1]),
+    ):
+        values = column([float(scores.value[i]) for i in positions])
+        errors = column([float(scores.error[i]) for i in positions])
+        rows = [
+            {
+                "module": str(scores.modules[i]),
+                "value": value,
+                "error": error,
+                "cost": si(float(scores.cost[i])),
+                "removed": removed_share(scores.modules[i], scores, plan) > 0,
+            }
+            for i, value, error in zip(positions, values, errors, strict=True)
+        ]
+        tables.append((title, rows))
+    return tables
+
+
+def indistinguishable(scores: Scores) -> str:
+    """How many neighbours in the rankings could be either way round; "" when the samples are not kept."""
+    if scores.samples is None:
+        return ""
+    parts = []
+    for kind in kinds_of(scores):
+        order = scores.ranking(kind=kind)
+        if len(order) > 1:
+            pairs = scores.indistinguishable(order)
+            word = {"head": "head", "cross_head": "cross-attention head", "neurons": "neuron group", "layer": "layer"}
+            parts.append(f"{len(pairs)} of {len(order) - 1} neighbouring {word[kind]}s")
+    if not parts:
+        return ""
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"Within 1.96 standard errors of each other: {listed}. Their order is not certain."
+
+
+def _facts(result: Any) -> list[tuple[str, list[tuple[str, str]]]]:
+    method = {**(result.method or result.plan.method or {})}
+    data = {**(result.data or (result.scores.data if result.scores is not None else {}))}
+    runs = []
+    if result.scores is not None:
+        count = {int(c) for c in result.scores.count.tolist()}
+        samples = str(min(count)) if len(count) == 1 else f"{min(count)} to {max(count)}"
+        runs = [("modules scored", f"{len(result.scores):,}"), ("samples per module", samples)]
+        if result.scores.block_runs:
+            runs.append(("block runs", f"{result.scores.block_runs:,}"))
+    about = environment()
+    versions = [
+        (key.replace("_", " "), _plain(about[key]))
+        for key in ("vlprune_ext", "torch", "transformers", "python", "machine", "threads", "isa", "gpus")
+        if about[key]
+    ]
+    return [
+        ("Method", [(key, _plain(value)) for key, value in method.items()]),
+        ("Data", [(key, _plain(value)) for key, value in data.items()] + runs),
+        ("Versions", versions),
+    ]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(v)}" for key, v in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def machine() -> str:
+    """The processor's name."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return name
