@@ -203,7 +203,7 @@ def _describe_units(model_class: type, content: dict, where: str, tower: Tower) 
         neurons = keys[0] == "intermediate_size"
         if all(row == mine[0] for row in mine) and (neurons or all(site.paths.free_head_dim for site in sites)):
             general = mine[0] if neurons else {**mine[0], "head_dim": _head_dim(sites[0])}
-            trial = copy.deepcopy(content)
+            trial = _plain(content)
             _sub_config(trial, where).update(general)
             if _stock_config(model_class, trial) is not None:
                 config.update(general)
@@ -236,8 +236,8 @@ def _stock_config(model_class: type, content: dict) -> PreTrainedConfig | None:
 
 def _stock_shape(model_class: type, content: dict) -> dict | None:
     """The units of the model that transformers builds from a config, or None if it builds none."""
-    config = _stock_config(model_class, content)
-    if config is None or _plain(content) != content:
+    config = _stock_config(model_class, content) if _plain(content) == content else None
+    if config is None:
         return None
     with torch.device("meta"):
         return describe(model_class(config)).shape()

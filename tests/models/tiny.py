@@ -204,7 +204,8 @@ def uneven_plan(model: nn.Module, seed: int = 0, *, layers: bool = True) -> Plan
     for tower, blocks in plan.shape.items():
         for layer, units in enumerate(blocks):
             for kind, count in units.items():
-                plan.add(tower, kind, layer, draw.sample(range(count), draw.randrange(1 if layer == 0 else 0, count)))
+                removed = draw.randrange(min(layer == 0, count - 1), count)
+                plan.add(tower, kind, layer, draw.sample(range(count), removed))
         if layers:
             plan.add(tower, "layer", draw.randrange(len(blocks)), [])
     return plan
