@@ -6,6 +6,7 @@ implementation, and the public function.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -26,11 +27,22 @@ def _shape(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
+def _expect_tensors(**values: object) -> None:
+    """What the dispatcher would refuse in words of its own."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
+
+
+def _expect_int(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; expected an int") from None
+
+
 def _check_tensors(**tensors: Tensor) -> None:
     """Same device, same supported dtype."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
     (first, reference), *others = tensors.items()
     if reference.dtype not in _native.DTYPES:
         raise TypeError(f"{first} has dtype {reference.dtype}; expected float32, float16 or bfloat16")
@@ -126,7 +138,11 @@ def leave_one_out(
     ValueError
         Shapes that do not fit, tensors on different devices, group_size no divisor, a group out of range.
     """
-    return torch.ops.vlprune.leave_one_out(x, weight, base, group_size, None if groups is None else list(groups))
+    _expect_tensors(x=x, weight=weight, base=base)
+    if isinstance(groups, Tensor) or not (groups is None or isinstance(groups, Sequence)):
+        raise TypeError(f"groups is a {type(groups).__name__}; expected None or a sequence of int, on the host")
+    chosen = None if groups is None else [_expect_int(f"groups[{i}]", group) for i, group in enumerate(groups)]
+    return torch.ops.vlprune.leave_one_out(x, weight, base, _expect_int("group_size", group_size), chosen)
 
 
 _library.impl("leave_one_out", _leave_one_out, "CPU")
@@ -159,8 +175,6 @@ def _retrieval_rank_out(
         raise ValueError(
             f"gallery has shape {_shape(gallery)}; expected a leading dimension of 1 or of {variants}, the variants of query"
         )
-    if not isinstance(positives, Tensor):
-        raise TypeError(f"positives is a {type(positives).__name__}; expected a tensor")
     if positives.dtype != torch.int64:
         raise TypeError(f"positives has dtype {positives.dtype}; expected int64")
     if positives.device != query.device:
@@ -238,7 +252,8 @@ def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
         The last three need a look at the data (on CUDA: a synchronisation); while a CUDA graph is captured or torch.compile
         traces there is none: then a rank of -1 marks a query with a NaN among its scores.
     """
-    readable = isinstance(positives, Tensor) and _may_read(positives)
+    _expect_tensors(query=query, gallery=gallery, positives=positives)
+    readable = _may_read(positives)
     if readable:
         _retrieval_rank_out(query, gallery, positives)
         _check_positives(positives, gallery.shape[-2])

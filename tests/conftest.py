@@ -1,0 +1,65 @@
+"""Fixtures of every test: the device, the dtype, and what makes a run repeatable."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+LARGE_BYTES = 16 << 30
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each test that takes it runs on the CPU and, marked ``gpu``, on the GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _room_for_large(request: pytest.FixtureRequest):
+    if request.node.get_closest_marker("large") is None:
+        return
+    if request.getfixturevalue("device").type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError, StopIteration):  # Linux counts what it can reclaim, too
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    if free < LARGE_BYTES:
+        pytest.skip(f"needs {LARGE_BYTES >> 30} GB of free memory, there are {free >> 30}")
+
+
+def _gpu_missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU that torch can use"
+    from vlprune_ext import _native
+
+    if not _native.build_info()["cuda_built"]:
+        return "needs a build of vlprune_ext with CUDA"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _gpu_missing() if marked else None
+    if reason is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
