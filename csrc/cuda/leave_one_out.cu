@@ -4,12 +4,12 @@
 //         block a contiguous run of them, groups fastest: the base tile of a run stays in L1.
 // Block   256 threads, one 128 x 128 tile of out[i] at a time, all tiles of a run in one pipeline (tile.cuh).
 // Warp    32 x 64 of the tile.
-// Thread  fp32: 8 rows x 2 segments of 4 columns; fp16/bf16: 4 rows x 2 segments of 8: 16-byte loads of base, 16-byte
-// stores.
+// Thread  fp32: 8 rows x 2 segments of 4 columns; fp16/bf16: 4 rows x 2 segments of 8. A segment is one 16-byte load of
+//         base and one 16-byte store.
 //
-// Moves V N D elements out, and reads x, weight and base at least once each: N K + D K + N D. From L2 a tile reads 2 *
-// 128 g elements and, per run, 128 * 128 of base. It does 2 g operations for each element written: at g = 64 that is 64
-// per byte for bf16 (bound by the stores) and 32 per byte for fp32 (bound by the fp32 units).
+// Moves V N D elements out, and reads x, weight and base at least once: N K + D K + N D. From L2, a tile reads 2 * 128
+// g elements and a run reads 128 * 128 of base. For each element written it does 2 g operations: at g = 64 that is 64
+// per byte in bf16 (bound by the stores), 32 per byte in fp32 (bound by the FMA units).
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>

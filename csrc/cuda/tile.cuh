@@ -1,11 +1,10 @@
 // Tiles of A . B^T with fp32 accumulation, where the rows of A and of B lie contiguously in memory: the part that
 // leave_one_out and retrieval_rank share. A tile has kRows rows of A, kCols rows of B, and belongs to one block of
-// kThreads threads. SimtTile takes fp32 and adds in the order of k with fused multiply-adds; TensorTile takes fp16 or
-// bf16.
+// kThreads threads. SimtTile takes fp32 and adds in the order of k by fused multiply-adds; TensorTile takes fp16, bf16.
 //
 // Each thread owns kThreadRows x kSegments segments: value(r, s, 0 .. kSegment-1) are kSegment = 16 / sizeof(T)
 // neighbours in row row(r), from column column(s) on, so that an epilogue reads and writes 16 bytes straight from
-// registers. kRowLanes neighbouring lanes hold the same rows.
+// registers. Lanes that differ only in the bits of kRowLanes hold the same rows.
 //
 // stream_tiles() runs a sequence of tiles as one pipeline: kStages slots of shared memory, each kDepth deep in k, so
 // the loads of the next tile are under way while the last one is being finished.
@@ -33,23 +32,24 @@ struct PanelShape {
   int64_t depth;               // length of k
 };
 
-// 128 x 128 by 256 threads: 4 x 2 warps of 32 x 64, in which lane 8y+x owns rows 4y..4y+3 and columns 4x..4x+3 of each
-// of the 16 x 32 quarters. Shared memory is k-major, [kDepth][128 + 4] floats per panel: the fragments of 8 rows and 8
-// columns are four conflict-free 16-byte loads per 64 multiply-adds, and the transposing 4-byte copies (lane = 4 rows x
-// 8 k, bank 4k + row) meet no conflict either. Copies of 4 bytes also make every alignment the same.
+// 128 x 128 by 256 threads: 4 x 2 warps of 32 x 64, in which a thread at (y, x) of 4 x 8 owns rows 4y..4y+3 and columns
+// 4x..4x+3 of each of the 16 x 32 quarters. Shared memory is k-major, [kDepth][128 + 4] floats per panel: 8 rows and 8
+// columns are four conflict-free 16-byte loads per 64 multiply-adds. Lanes i and i^1 share their columns, i and i^2
+// their rows, so that half a warp's load fits one pass. The transposing 4-byte copies (lane = 4 rows x 8 k, bank 4k +
+// row) meet no conflict either, and make every alignment the same.
 struct SimtTile {
   using T = float;
   static constexpr int kThreads = 256, kBlocksPerSM = 2;
   static constexpr int kRows = 128, kCols = 128, kDepth = 16, kStages = 2;
-  static constexpr int kSegment = 4, kSegments = 2, kThreadRows = 8, kRowLanes = 8;
+  static constexpr int kSegment = 4, kSegments = 2, kThreadRows = 8, kRowLanes = 0b01110;
   static constexpr int kPitch = 128 + 4;  // floats; keeps 16-byte alignment and shifts each k by four banks
   static constexpr int kPanelFloats = kDepth * kPitch;
   static constexpr int kSharedBytes = kStages * 2 * kPanelFloats * 4;
 
   __device__ __forceinline__ explicit SimtTile(char* shared) : shared_(reinterpret_cast<float*>(shared)) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    first_row_ = (warp / 2) * 32 + (lane / 8) * 4;
-    first_column_ = (warp % 2) * 64 + (lane % 8) * 4;
+    first_row_ = (warp / 2) * 32 + (lane / 16 * 2 + lane % 2) * 4;
+    first_column_ = (warp % 2) * 64 + (lane / 2 % 8) * 4;
   }
 
   __device__ __forceinline__ int row(int r) const { return first_row_ + (r / 4) * 16 + r % 4; }
@@ -132,7 +132,7 @@ struct TensorTile {
   static_assert(sizeof(T) == 2 && kRowWarps * kColWarps == 8);
   static constexpr int kThreads = 256, kBlocksPerSM = kBlocks;
   static constexpr int kRows = kRowWarps * kFragments * 16, kCols = kColWarps * 64, kDepth = 32, kStages = kStages_;
-  static constexpr int kSegment = 8, kSegments = 2, kThreadRows = 2 * kFragments, kRowLanes = 4;
+  static constexpr int kSegment = 8, kSegments = 2, kThreadRows = 2 * kFragments, kRowLanes = 0b00011;
   static constexpr int kPitch = kDepth * 2;  // bytes
   static constexpr int kSlotBytes = (kRows + kCols) * kPitch;
   static constexpr int kSharedBytes = kStages * kSlotBytes;
@@ -196,8 +196,8 @@ struct TensorTile {
   }
 
  private:
-  static constexpr bool kAhead =
-      kBlocks == 1;  // one block alone must hide the latency of fragments, and has registers for it
+  // One block alone on a multiprocessor must hide the latency of fragments itself, and has the registers for it.
+  static constexpr bool kAhead = kBlocks == 1;
 
   // Elements 16 k .. 16 k + 15 of a slot, i.e. two chunks: k is bit 1 of the chunk, so bit 5 of the address.
   __device__ __forceinline__ void load_fragments(int buffer, int slot, int k) {
