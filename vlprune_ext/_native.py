@@ -40,7 +40,7 @@ def build_info() -> dict[str, Any]:
 def force_isa(name: str) -> Iterator[None]:
     """Run the CPU kernels with the instruction set ``name`` ("scalar", "avx2", "avx512") inside the ``with`` block.
 
-    The environment variable VLPRUNE_FORCE_ISA does the same for a whole process. RuntimeError where the machine lacks it.
+    The environment variable VLPRUNE_FORCE_ISA does so for a whole process. RuntimeError where the machine lacks it.
     """
     previous = _C.cpu.isa()
     _C.cpu.force_isa(name)
@@ -56,9 +56,9 @@ def _launch(name: str, device: torch.device, *args: Any) -> None:
         return
     if not _C.cuda_built:
         raise RuntimeError(
-            f"vlprune::{name} got a tensor on {device}, but this build of vlprune_ext has CPU kernels only. Reinstall it"
-            " with nvcc on PATH (or CUDACXX naming it): 'VLPRUNE_CUDA=ON pip install --no-build-isolation .', or move the"
-            " tensors to the CPU."
+            f"vlprune::{name} got a tensor on {device}, but this build of vlprune_ext has CPU kernels only."
+            " Reinstall it where nvcc is on PATH or named by CUDACXX: 'VLPRUNE_CUDA=ON pip install --no-build-isolation"
+            " .', or move the tensors to the CPU."
         )
     with torch.cuda.device(device):
         getattr(_C.cuda, name)(*args, torch.cuda.current_stream(device).cuda_stream)

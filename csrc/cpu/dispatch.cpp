@@ -22,8 +22,8 @@ Isa parse_isa(const std::string& name) {
   for (Isa candidate : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
     if (name != isa_name(candidate)) continue;
     if (!isa_available(candidate))
-      throw std::runtime_error("VLPRUNE_FORCE_ISA=" + name + ": this machine or this build lacks it; the best here is " +
-                               isa_name(best_isa()));
+      throw std::runtime_error("VLPRUNE_FORCE_ISA=" + name +
+                               ": this machine or this build lacks it; the best here is " + isa_name(best_isa()));
     return candidate;
   }
   throw std::runtime_error("VLPRUNE_FORCE_ISA=" + name + ": unknown instruction set, expected scalar, avx2 or avx512");
@@ -78,11 +78,11 @@ float* scratch() {
 }
 
 #if VLPRUNE_X86
-#define VLPRUNE_FORWARD(op, args, threads)                        \
-  switch (isa()) {                                                \
-    case Isa::kAvx512: return avx512::op(args, threads);          \
-    case Isa::kAvx2: return avx2::op(args, threads);              \
-    case Isa::kScalar: return scalar::op(args, threads);          \
+#define VLPRUNE_FORWARD(op, args, threads)               \
+  switch (isa()) {                                       \
+    case Isa::kAvx512: return avx512::op(args, threads); \
+    case Isa::kAvx2: return avx2::op(args, threads);     \
+    case Isa::kScalar: return scalar::op(args, threads); \
   }
 #else
 #define VLPRUNE_FORWARD(op, args, threads) scalar::op(args, threads)

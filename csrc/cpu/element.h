@@ -1,4 +1,5 @@
-// Element types of the CPU kernels: storage, and one element's conversion to and from fp32 (round to nearest, ties to even).
+// Element types of the CPU kernels: storage, and one element's conversion to and from fp32 (round to nearest, ties to
+// even).
 #pragma once
 
 #include <cstdint>

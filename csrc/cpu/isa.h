@@ -1,9 +1,9 @@
 // Instruction sets: which one runs, and the namespace that each copy of a kernel file is compiled into.
 //
-// CMake compiles every kernel file of this folder once per set, with that set's flags and VLPRUNE_ISA=scalar|avx2|avx512.
-// All code in it lives in namespace vlprune::cpu::VLPRUNE_ISA: an inline function shared by name between two copies would be
-// merged by the linker, and the copy it kept could hold instructions that the machine lacks. For the same reason kernel
-// files use no templates of the standard library.
+// CMake compiles every kernel file of this folder once per set, with that set's flags and
+// VLPRUNE_ISA=scalar|avx2|avx512. All code in it lives in namespace vlprune::cpu::VLPRUNE_ISA: an inline function
+// shared by name between two copies would be merged by the linker, and the copy it kept could hold instructions that
+// the machine lacks. For the same reason kernel files use no templates of the standard library.
 #pragma once
 
 #include "ops.h"
@@ -21,14 +21,14 @@ bool isa_available(Isa isa);
 // Overrides the choice for this process, by name; "" returns to the default. Throws like isa().
 void force_isa(const char* name);
 
-// Where one thread packs its operands: kScratchFloats floats on a cache line's boundary, owned by the calling thread and
-// reused by every call on it.
+// Where one thread packs its operands: kScratchFloats floats on a cache line's boundary, owned by the calling thread
+// and reused by every call on it.
 constexpr int64_t kScratchFloats = 480 * 1024;
 float* scratch();
 
-#define VLPRUNE_DECLARE_KERNELS(isa_namespace)               \
-  namespace isa_namespace {                                  \
-  void leave_one_out(const LeaveOneOut& args, int threads);  \
+#define VLPRUNE_DECLARE_KERNELS(isa_namespace)                 \
+  namespace isa_namespace {                                    \
+  void leave_one_out(const LeaveOneOut& args, int threads);    \
   void retrieval_rank(const RetrievalRank& args, int threads); \
   }
 VLPRUNE_DECLARE_KERNELS(scalar)

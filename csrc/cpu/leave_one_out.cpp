@@ -1,8 +1,8 @@
 // out[i, n, d] = base[n, d] - sum_{k in group i} x[n, k] * weight[d, k]
 //
-// Work is the sequence of (variant, block of columns d, panel of kRows rows n); thread t owns the t-th equal part of it, so
-// that it packs a block of the weight about once, streams x and base through it, and writes each element of out once.
-// Bytes moved: x and weight once, out once, base once per variant (from the last-level cache where it fits).
+// Work is the sequence of (variant, block of columns d, panel of kRows rows n); thread t owns the t-th equal part of
+// it, so that it packs a block of the weight about once, streams x and base through it, and writes each element of out
+// once. Bytes moved: x and weight once, out once, base once per variant (from the last-level cache where it fits).
 #include "cpu/isa.h"
 #include "cpu/product.h"
 
@@ -62,8 +62,8 @@ void run(const LeaveOneOut& args, int threads) {
       const int64_t panel = item % panels, count = smaller(panels - panel, end - item);
       const int64_t offset = args.groups[variant] * args.group_size;
       Subtract<T> visit{{static_cast<const T*>(args.base), args.base_stride},
-                                 static_cast<T*>(args.out) + variant * args.n * args.d,
-                                 args.d};
+                        static_cast<T*>(args.out) + variant * args.n * args.d,
+                        args.d};
       multiply(Rows<T>{x + offset, args.x_stride}, panel * kRows, smaller(args.n, (panel + count) * kRows),
                Rows<T>{weight + offset, args.weight_stride}, column, smaller(block, args.d - column), args.group_size,
                visit);

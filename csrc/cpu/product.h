@@ -1,13 +1,14 @@
-// The product of rows and columns that both ops are made of: scores[n, m] = sum_k left[n, k] * right[m, k], handed tile by
-// tile to a visitor and never stored as a whole.
+// The product of rows and columns that both ops are made of: scores[n, m] = sum_k left[n, k] * right[m, k], handed tile
+// by tile to a visitor and never stored as a whole.
 //
-// Blocking follows Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008). A block of `right` is
-// packed into panels of kColumns columns and stays in the L2 cache; one panel of kRows rows of `left` is packed into L1 and
-// swept along them; a tile of kRows x kColumns sums lives in registers. Both are converted to fp32 while packing.
+// Blocking follows Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008). A block of `right`
+// is packed into panels of kColumns columns and stays in the L2 cache; one panel of kRows rows of `left` is packed into
+// L1 and swept along them; a tile of kRows x kColumns sums lives in registers. Both are converted to fp32 while
+// packing.
 //
-// Every sum has the same shape, whatever the tile, the block and the thread: k is cut into chunks of depth_of_chunk(); each
-// chunk is one chain of fused multiply-adds from zero in ascending order of k (a product and a sum where the instruction set
-// has none), and the chunks are added up in order. Shorter chains round less than one of full length.
+// Every sum has the same shape, whatever the tile, the block and the thread: k is cut into chunks of depth_of_chunk();
+// each chunk is one chain of fused multiply-adds from zero in ascending order of k (a product and a sum where the
+// instruction set has none), and the chunks are added up in order. Shorter chains round less than one of full length.
 #pragma once
 
 #include "cpu/isa.h"
@@ -33,8 +34,8 @@ struct Rows {
   int64_t stride;
 };
 
-// dst[k * ld + r] = src[r, k] for r < kLanes and k < depth, with zeros for r >= rows. Writes whole vectors in ascending order
-// of k: with ld < kLanes each overwrites the zeros of the one before, and the last overruns by kLanes - ld.
+// dst[k * ld + r] = src[r, k] for r < kLanes and k < depth, with zeros for r >= rows. Writes whole vectors in ascending
+// order of k: with ld < kLanes each overwrites the zeros of the one before, and the last overruns by kLanes - ld.
 template <int R, typename T>  // R: rows, where that is known, else 0
 void pack(float* dst, int64_t ld, Rows<T> src, int64_t rows, int64_t depth) {
   int64_t k = 0;
@@ -130,9 +131,7 @@ void sweep(const float* left, const float* right, float* partial, bool first, bo
 }
 
 // How many columns `multiply` may be asked for at once.
-inline int64_t block_columns(int64_t depth) {
-  return kRightFloats / depth_of_chunk(depth) / kColumns * kColumns;
-}
+inline int64_t block_columns(int64_t depth) { return kRightFloats / depth_of_chunk(depth) / kColumns * kColumns; }
 
 // scores[n, m] for n in [row, row_end), row a multiple of kRows, and m in [column, column + columns), columns at most
 // block_columns(depth).

@@ -1,8 +1,8 @@
 // rank[v, n] = #{ m : <query[v,n], gallery[v,m]> > best[v,n] },  best = max_p <query[v,n], gallery[v,positives[n,p]]>
 //
-// First each thread takes rows (v, n) and computes best, with the chain of multiply-adds that every score has (product.h), so
-// that equal embeddings tie. Then the work is the sequence of (variant, block of items m, panel
-// of kRows queries n), of which thread t owns the t-th equal part; it counts a panel against a block in registers and adds
+// First each thread takes rows (v, n) and computes best, with the chain of multiply-adds that every score has
+// (product.h), so that equal embeddings tie. Then the work is the sequence of (variant, block of items m, panel of
+// kRows queries n), of which thread t owns the t-th equal part; it counts a panel against a block in registers and adds
 // the counts to rank, atomically, because other blocks belong to other threads. Sums of integers: the same bits always.
 // Bytes moved: gallery once per thread at most, queries once per block of items; scores never leave the registers.
 #include "cpu/isa.h"
@@ -29,8 +29,8 @@ struct Count {
     for (int r = 0; r < R; ++r) {
       if (r >= rows) break;
       const Vec threshold = broadcast(best[row + r]);
-      const uint64_t above =
-          greater(tile.sum[r][0], threshold) | uint64_t{greater(tile.sum[r][1], threshold)} << kLanes;
+      const uint64_t above = greater(tile.sum[r][0], threshold) | uint64_t{greater(tile.sum[r][1], threshold)}
+                                                                      << kLanes;
       const uint64_t unordered = is_nan(tile.sum[r][0]) | uint64_t{is_nan(tile.sum[r][1])} << kLanes;
       higher[r] += uint32_t(__builtin_popcountll(above & valid));
       nan[r] |= uint32_t(unordered & valid);
@@ -107,8 +107,7 @@ void run(const RetrievalRank& args, int threads) {
       const int64_t panel = item % panels, count = smaller(panels - panel, end - item);
       Count visit{args.best + v * args.n, args.rank + v * args.n};
       multiply(Rows<T>{query + v * args.n * args.d, args.d}, panel * kRows, smaller(args.n, (panel + count) * kRows),
-               Rows<T>{gallery + v * gallery_stride, args.d}, column, smaller(block, args.m - column), args.d,
-               visit);
+               Rows<T>{gallery + v * gallery_stride, args.d}, column, smaller(block, args.m - column), args.d, visit);
       item += count;
     }
   }

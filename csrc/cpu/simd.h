@@ -47,8 +47,7 @@ VLPRUNE_INLINE __m256i narrow(Vec v, BFloat16) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0)));
 }
 
 VLPRUNE_INLINE Vec load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
@@ -153,7 +152,8 @@ VLPRUNE_INLINE void transpose(Vec (&m)[8]) {
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const Vec lo = _mm256_unpacklo_ps(m[4 * i], m[4 * i + 1]), hi = _mm256_unpackhi_ps(m[4 * i], m[4 * i + 1]);
-    const Vec lo2 = _mm256_unpacklo_ps(m[4 * i + 2], m[4 * i + 3]), hi2 = _mm256_unpackhi_ps(m[4 * i + 2], m[4 * i + 3]);
+    const Vec lo2 = _mm256_unpacklo_ps(m[4 * i + 2], m[4 * i + 3]),
+              hi2 = _mm256_unpackhi_ps(m[4 * i + 2], m[4 * i + 3]);
     t[4 * i] = _mm256_shuffle_ps(lo, lo2, 0x44);
     t[4 * i + 1] = _mm256_shuffle_ps(lo, lo2, 0xee);
     t[4 * i + 2] = _mm256_shuffle_ps(hi, hi2, 0x44);

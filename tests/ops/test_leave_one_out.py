@@ -8,9 +8,6 @@ from ops.yardstick import assert_as_exact_as, sum_floor
 
 from vlprune_ext import _native, ops, reference
 
-hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import strategies as st  # noqa: E402
-
 ISAS = _native.build_info()["available_isas"]
 
 # N, D, g, G: tiles of 14 x 32, 6 x 16 and 4 x 8 met exactly, missed by one on both sides, chunks of 256 k and more.
@@ -59,22 +56,6 @@ def test_every_instruction_set(shape, isa, dtype):
         check(*make(n, d, g, groups, dtype), g)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(
-    n=st.integers(1, 40),
-    d=st.integers(1, 70),
-    g=st.integers(1, 40),
-    groups=st.integers(1, 5),
-    isa=st.sampled_from(ISAS),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    data=st.data(),
-)
-def test_any_shape(n, d, g, groups, isa, dtype, data):
-    chosen = data.draw(st.none() | st.lists(st.integers(0, groups - 1), max_size=4))
-    with _native.force_isa(isa):
-        check(*make(n, d, g, groups, dtype), g, chosen)
-
-
 @pytest.mark.parametrize("groups", [[2], [3, 0], [1, 1, 1], list(range(4))], ids=str)
 def test_subset_equals_rows_of_all(groups, dtype, device):
     x, weight, base = make(37, 50, 16, 4, dtype, device)
@@ -112,7 +93,7 @@ def test_same_bits_on_every_run(dtype, device):
 
 
 def test_strides(dtype, device):
-    """Rows far apart, an odd start, a transposed weight, a base broadcast from one row: the same as contiguous copies."""
+    """Rows far apart, an odd start, a transposed weight, a base of one row for all: the same as contiguous copies."""
     wide = torch.randn(21, 400, device=device).to(dtype)
     x = wide[:, 3 : 3 + 48]
     weight = torch.randn(48, 19, device=device).to(dtype).t()
@@ -233,7 +214,11 @@ BAD = [
     (bad(weight=torch.randn(5, 7)), ValueError, r"weight has shape \[5, 7\]; expected \[D, 6\]"),
     (bad(base=torch.randn(4, 6)), ValueError, r"base has shape \[4, 6\]; expected \[4, 5\]"),
     (bad(base=torch.randn(3, 5)), ValueError, r"base has shape \[3, 5\]; expected \[4, 5\]"),
-    (bad(x=torch.randn(4, 0), weight=torch.randn(5, 0)), ValueError, r"x has shape \[4, 0\]; expected at least one col"),
+    (
+        bad(x=torch.randn(4, 0), weight=torch.randn(5, 0)),
+        ValueError,
+        r"x has shape \[4, 0\]; expected at least one col",
+    ),
     (bad(group_size=4), ValueError, r"group_size is 4; expected a divisor of x's 6 columns"),
     (bad(group_size=0), ValueError, r"group_size is 0; expected at least 1"),
     (bad(group_size=-3), ValueError, r"group_size is -3; expected at least 1"),

@@ -5,9 +5,6 @@ import torch
 
 from vlprune_ext import _native, ops, reference
 
-hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import strategies as st  # noqa: E402
-
 ISAS = _native.build_info()["available_isas"]
 
 # V, N, M, D
@@ -52,23 +49,6 @@ def test_every_instruction_set(shape, isa, dtype):
         check(whole((v, n, d), dtype), whole((v, m, d), dtype), torch.randint(0, m, (n, 2)))
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(
-    v=st.integers(1, 3),
-    n=st.integers(1, 40),
-    m=st.integers(1, 90),
-    d=st.integers(1, 40),
-    p=st.integers(1, 3),
-    isa=st.sampled_from(ISAS),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-)
-def test_any_shape(v, n, m, d, p, isa, dtype):
-    positives = torch.randint(0, m, (n, p))
-    positives[:, 1:][torch.rand(n, p - 1) < 0.5] = -1
-    with _native.force_isa(isa):
-        check(whole((v, n, d), dtype), whole((v, m, d), dtype), positives)
-
-
 def test_two_dimensions(dtype, device):
     query, gallery = whole((9, 8), dtype, device), whole((30, 8), dtype, device)
     positives = torch.randint(0, 30, (9,), device=device)
@@ -101,9 +81,7 @@ def test_copies_of_a_positive_are_ties(dtype, device):
     others = torch.ones(200, dtype=torch.bool, device=device)
     others[::3] = False
     only_others = gallery[torch.cat([torch.tensor([0], device=device), others.nonzero()[:, 0]])].contiguous()
-    assert torch.equal(
-        ops.retrieval_rank(query, gallery, positives), ops.retrieval_rank(query, only_others, positives)
-    )
+    assert torch.equal(ops.retrieval_rank(query, gallery, positives), ops.retrieval_rank(query, only_others, positives))
     same = gallery[:1].expand(200, 515)
     assert ops.retrieval_rank(query, same, positives).eq(0).all()
 
@@ -239,7 +217,11 @@ def test_gallery_past_2_31_elements(device):
 
 
 def bad(**changes):
-    arguments = {"query": torch.randn(2, 4, 6), "gallery": torch.randn(1, 9, 6), "positives": torch.tensor([0, 1, 2, 8])}
+    arguments = {
+        "query": torch.randn(2, 4, 6),
+        "gallery": torch.randn(1, 9, 6),
+        "positives": torch.tensor([0, 1, 2, 8]),
+    }
     return {**arguments, **changes}
 
 
@@ -247,21 +229,45 @@ BAD = [
     (bad(query=torch.randn(6)), ValueError, r"query has shape \[6\]; expected \[V, N, D\] or \[N, D\]"),
     (bad(gallery=torch.randn(6)), ValueError, r"gallery has shape \[6\]; expected \[V, M, D\]"),
     (bad(gallery=torch.randn(1, 9, 7)), ValueError, r"gallery has shape \[1, 9, 7\]; expected embeddings of size 6"),
-    (bad(gallery=torch.randn(3, 9, 6)), ValueError, r"gallery has shape \[3, 9, 6\]; expected a leading dimension of 1 or"),
+    (
+        bad(gallery=torch.randn(3, 9, 6)),
+        ValueError,
+        r"gallery has shape \[3, 9, 6\]; expected a leading dimension of 1 or",
+    ),
     (bad(gallery=torch.randn(1, 0, 6)), ValueError, r"gallery has shape \[1, 0, 6\]; expected between 1 and"),
     (bad(query=torch.randn(4, 0), gallery=torch.randn(9, 0)), ValueError, r"query has shape \[4, 0\]; expected embed"),
     (bad(positives=torch.tensor([0, 1, 2])), ValueError, r"positives has shape \[3\]; expected \[4\] or \[4, P\]"),
-    (bad(positives=torch.zeros(4, 0, dtype=torch.int64)), ValueError, r"positives has shape \[4, 0\]; expected at least"),
+    (
+        bad(positives=torch.zeros(4, 0, dtype=torch.int64)),
+        ValueError,
+        r"positives has shape \[4, 0\]; expected at least",
+    ),
     (bad(positives=torch.tensor([0, 1, 2, 9])), ValueError, r"positives\[3\] is 9; expected 0 <= index < 9"),
-    (bad(positives=torch.tensor([[0], [1], [-2], [3]])), ValueError, r"positives\[2, 0\] is -2; expected 0 <= index < 9"),
-    (bad(positives=torch.tensor([0, -1, 2, 3])), ValueError, r"positives\[1\] has no index >= 0; expected at least one"),
+    (
+        bad(positives=torch.tensor([[0], [1], [-2], [3]])),
+        ValueError,
+        r"positives\[2, 0\] is -2; expected 0 <= index < 9",
+    ),
+    (
+        bad(positives=torch.tensor([0, -1, 2, 3])),
+        ValueError,
+        r"positives\[1\] has no index >= 0; expected at least one",
+    ),
     (bad(positives=torch.zeros(4)), TypeError, r"positives has dtype torch.float32; expected int64"),
     (bad(positives=[0, 1, 2, 3]), TypeError, r"positives is a list; expected a tensor"),
     (bad(query=torch.randn(2, 4, 6).double()), TypeError, r"query has dtype torch.float64; expected float32, float16"),
-    (bad(gallery=torch.randn(9, 6).half()), TypeError, r"gallery has dtype torch.float16; expected torch.float32 as query"),
+    (
+        bad(gallery=torch.randn(9, 6).half()),
+        TypeError,
+        r"gallery has dtype torch.float16; expected torch.float32 as query",
+    ),
     (bad(gallery=None), TypeError, r"gallery is a NoneType; expected a tensor"),
     (bad(gallery=torch.randn(9, 6, device="meta")), ValueError, r"gallery is on meta; expected cpu as query"),
-    (bad(positives=torch.zeros(4, dtype=torch.int64, device="meta")), ValueError, r"positives is on meta; expected cpu"),
+    (
+        bad(positives=torch.zeros(4, dtype=torch.int64, device="meta")),
+        ValueError,
+        r"positives is on meta; expected cpu",
+    ),
 ]
 
 

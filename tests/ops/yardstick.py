@@ -21,5 +21,5 @@ def assert_as_exact_as(actual: Tensor, naive: Tensor, exact: Tensor, floor: floa
 
 
 def sum_floor(terms: int, scale: float = 1.0) -> float:
-    """The rounding of a sum of so many fp32 products of numbers of size ``scale``, if errors add up as a random walk."""
+    """A bound on the usual rounding of a sum of so many fp32 products of numbers of size ``scale``."""
     return torch.finfo(torch.float32).eps * scale * max(terms, 1)

@@ -78,7 +78,8 @@ def _leave_one_out_out(
         raise ValueError(f"weight has shape {_shape(weight)}; expected [D, {x.shape[1]}], as many columns as x")
     if base.shape[0] != x.shape[0] or base.shape[1] != weight.shape[0]:
         raise ValueError(
-            f"base has shape {_shape(base)}; expected [{x.shape[0]}, {weight.shape[0]}], the rows of x by the rows of weight"
+            f"base has shape {_shape(base)}; expected [{x.shape[0]}, {weight.shape[0]}],"
+            " the rows of x by the rows of weight"
         )
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; expected at least 1")
@@ -109,9 +110,9 @@ def leave_one_out(
 ) -> Tensor:
     """A linear layer's output without one group of its inputs, for each group: ``base - x_g @ weight_g.T``.
 
-    This is what ablating a module means at the block's own output projection (MoPE-CLIP, arXiv 2403.07839, section 3.2):
-    with ``x`` the heads' concatenated outputs and ``group_size`` the head dimension, variant g is the projection without
-    head g; with ``x`` the activated neurons, without neuron group g. All variants share one pass over what precedes.
+    This is what ablating a module means at the block's own output projection (MoPE-CLIP, arXiv 2403.07839): with ``x``
+    the heads' concatenated outputs and ``group_size`` the head dimension, variant g is the projection without head g;
+    with ``x`` the activated neurons, without neuron group g. All variants share one pass over what precedes.
 
     Parameters
     ----------
@@ -173,7 +174,8 @@ def _retrieval_rank_out(
     variants = query.shape[0] if query.dim() == 3 else 1
     if gallery.dim() == 3 and gallery.shape[0] != 1 and gallery.shape[0] != variants:
         raise ValueError(
-            f"gallery has shape {_shape(gallery)}; expected a leading dimension of 1 or of {variants}, the variants of query"
+            f"gallery has shape {_shape(gallery)}; expected a leading dimension of 1 or of {variants},"
+            " the variants of query"
         )
     if positives.dtype != torch.int64:
         raise TypeError(f"positives has dtype {positives.dtype}; expected int64")
@@ -200,7 +202,7 @@ def _retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor
 
 
 def _may_read(tensor: Tensor) -> bool:
-    """Whether the tensor's values may be looked at now: not while tracing, on no fake, not while a graph is captured."""
+    """Whether the tensor's values may be looked at: not while tracing or capturing a graph, and not a fake's."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     if isinstance(tensor, torch._subclasses.FakeTensor):
@@ -225,8 +227,8 @@ def _check_positives(positives: Tensor, items: int) -> None:
 def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
     """How many gallery items score strictly higher than the query's best positive, for each query.
 
-    The score is the dot product; ``recall@k`` is ``(rank < k).float().mean()``. Scores are never stored: memory beyond the
-    result is O(V*N). This is the objective of module ablation by retrieval recall (MoPE-CLIP, arXiv 2403.07839, eq. 2).
+    The score is the dot product; ``recall@k`` is ``(rank < k).float().mean()``. Scores are never stored: memory beyond
+    the result is O(V*N). Recall is what MoPE-CLIP scores modules by (arXiv 2403.07839).
 
     Parameters
     ----------
@@ -240,8 +242,8 @@ def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
     Returns
     -------
     [V, N] (or [N] for a query of two dimensions), int32
-        0 is a hit at 1. A tie does not count as higher; scores are accumulated in fp32, each in the same order, so an exact
-        copy of a positive is a tie.
+        0 is a hit at 1. A tie does not count as higher; scores are accumulated in fp32, each in the same order, so an
+        exact copy of a positive is a tie.
 
     Raises
     ------
@@ -249,8 +251,8 @@ def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
         A dtype that is not supported.
     ValueError
         Shapes or devices that do not fit, an index out of range, a query without a positive, a score that is NaN.
-        The last three need a look at the data (on CUDA: a synchronisation); while a CUDA graph is captured or torch.compile
-        traces there is none: then a rank of -1 marks a query with a NaN among its scores.
+        The last three need a look at the data (on CUDA: a synchronisation); while a CUDA graph is captured or
+        torch.compile traces there is none: then a rank of -1 marks a query with a NaN among its scores.
     """
     _expect_tensors(query=query, gallery=gallery, positives=positives)
     readable = _may_read(positives)

@@ -1,0 +1,67 @@
+# make build | demo | test | bench | lint | clean, with everything in .venv; `make gpu-check OUT=dir` on a machine with a GPU.
+# make test PYTHON=python3 VENV=none builds into that interpreter and installs nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= gpu-check
+
+# CUDA architectures when nvcc is there (PTX of the last runs on newer GPUs): few, to keep this build short.
+CUDAARCHS ?= 80-real;90
+export CUDAARCHS
+# Compilers at once; each nvcc takes about 1 GB.
+CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
+export CMAKE_BUILD_PARALLEL_LEVEL
+
+ifeq ($(VENV),none)
+  PY        := $(PYTHON)
+  ENV_STAMP :=
+else
+  PY        := $(VENV)/bin/python
+  ENV_STAMP := $(VENV)/.env-stamp
+endif
+
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+# One stamp per interpreter and build setting; a build removes the others, since all build into the same place.
+BUILD_KEY   := $(shell echo "$(abspath $(PY)) $(shell command -v $(PY)) $(CUDAARCHS) $(VLPRUNE_CUDA)" | cksum | cut -d' ' -f1)
+BUILD_STAMP := build/stamps/$(BUILD_KEY)
+
+.PHONY: env build demo test bench lint clean gpu-check
+.DEFAULT_GOAL := build
+
+env: $(ENV_STAMP)
+
+$(VENV)/.env-stamp: constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r constraints.txt
+	touch $@
+
+build: $(BUILD_STAMP)
+
+$(BUILD_STAMP): $(ENV_STAMP) $(SOURCES)
+	rm -rf build/stamps
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@$(PY) -c "from vlprune_ext._native import build_info as b; i = b(); \
+	  print('vlprune_ext: CUDA', i['cuda_version'] + ' for ' + i['cuda_archs'] if i['cuda_built'] else 'not built (no nvcc)', '| CPU', i['isa'])"
+	mkdir -p $(@D)
+	touch $@
+
+demo: build
+	$(PY) -m vlprune_ext demo
+
+test: build
+	$(PY) -m pytest
+
+bench: build
+	$(PY) -m pytest benchmarks -o "python_files=bench_*.py" -o "filterwarnings=default" --bench-out benchmarks/results
+
+lint: $(ENV_STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(dir $(PY))clang-format --dry-run -Werror
+	$(PY) -m mypy
+
+gpu-check:
+	PYTHON="$(PYTHON)" sh scripts/gpu_check.sh "$(OUT)"
+
+clean:
+	rm -rf build dist *.egg-info vlprune_ext/_C*.so gpu-check .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
