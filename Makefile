@@ -14,14 +14,18 @@ export CMAKE_BUILD_PARALLEL_LEVEL
 ifeq ($(VENV),none)
   PY        := $(PYTHON)
   ENV_STAMP :=
+  INTERPRETER := $(shell command -v $(PYTHON))
+  INSTALL   := --no-deps -e .
 else
   PY        := $(VENV)/bin/python
   ENV_STAMP := $(VENV)/.env-stamp
+  INTERPRETER := $(abspath $(PY))
+  INSTALL   := -c constraints.txt -e ".[dev]"
 endif
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 # One stamp per interpreter and build setting; a build removes the others, since all build into the same place.
-BUILD_KEY   := $(shell echo "$(abspath $(PY)) $(shell command -v $(PY)) $(CUDAARCHS) $(VLPRUNE_CUDA)" | cksum | cut -d' ' -f1)
+BUILD_KEY   := $(shell echo "$(INTERPRETER) $(CUDAARCHS) $(VLPRUNE_CUDA)" | cksum | cut -d' ' -f1)
 BUILD_STAMP := build/stamps/$(BUILD_KEY)
 
 .PHONY: env build demo test bench lint clean gpu-check
@@ -38,7 +42,7 @@ build: $(BUILD_STAMP)
 
 $(BUILD_STAMP): $(ENV_STAMP) $(SOURCES)
 	rm -rf build/stamps
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PY) -m pip install -q --no-build-isolation $(INSTALL)
 	@$(PY) -c "from vlprune_ext._native import build_info as b; i = b(); \
 	  print('vlprune_ext: CUDA', i['cuda_version'] + ' for ' + i['cuda_archs'] if i['cuda_built'] else 'not built (no nvcc)', '| CPU', i['isa'])"
 	mkdir -p $(@D)
