@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -47,9 +48,9 @@ def save_pruned(
     model: PreTrainedModel,
     out_dir: str | os.PathLike,
     *,
-    processor: object | None = None,
-    method: object | None = None,
-    data: object | None = None,
+    processor: Any = None,
+    method: Any = None,
+    data: Any = None,
     before: Mapping[str, float] | None = None,
     after: Mapping[str, float] | None = None,
     max_shard_size: int | str = "5GB",
@@ -187,11 +188,11 @@ def _units(tower: Tower) -> list[dict[str, int]]:
 
 
 def _head_dim(site: Site) -> int:
-    owner = site.block.get_submodule(site.paths.owner)
+    owner: Any = site.block.get_submodule(site.paths.owner)
     return getattr(owner, "head_dim", None) or owner.attention_head_size
 
 
-def _describe_units(model_class: type, content: dict, where: str, tower: Tower) -> None:
+def _describe_units(model_class: Any, content: dict, where: str, tower: Tower) -> None:
     """Write one tower's units: for all blocks at once where a config can say that, else block by block."""
     config, rows = _sub_config(content, where), _units(tower)
     stated = {key: getattr(tower.config, key) for key in rows[0]}
@@ -226,7 +227,7 @@ def _plain(content: dict) -> dict:
     }
 
 
-def _stock_config(model_class: type, content: dict) -> PreTrainedConfig | None:
+def _stock_config(model_class: Any, content: dict) -> PreTrainedConfig | None:
     """The config object, or None if transformers does not accept it."""
     try:
         return model_class.config_class.from_dict(copy.deepcopy(content))
@@ -234,7 +235,7 @@ def _stock_config(model_class: type, content: dict) -> PreTrainedConfig | None:
         return None
 
 
-def _stock_shape(model_class: type, content: dict) -> dict | None:
+def _stock_shape(model_class: Any, content: dict) -> dict | None:
     """The units of the model that transformers builds from a config, or None if it builds none."""
     config = _stock_config(model_class, content) if _plain(content) == content else None
     if config is None:
@@ -330,7 +331,7 @@ def _shown(value: object) -> str:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_pruned(path: str | os.PathLike, **kwargs: object) -> PreTrainedModel:
+def load_pruned(path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load what `save_pruned` wrote: the model in evaluation mode, in the dtype it was saved in.
 
     path    a folder; or, if there is none of that name, a model id on the Hugging Face hub
@@ -345,7 +346,7 @@ def load_pruned(path: str | os.PathLike, **kwargs: object) -> PreTrainedModel:
     folder = _local_folder(path)
     record = _read_record(folder)
     content = _read_json(folder / "config.json")
-    model_class = _model_class(folder, content)
+    model_class: Any = _model_class(folder, content)
     _check_weights(folder)
     try:
         config = model_class.config_class.from_dict(_plain(content))
@@ -463,7 +464,7 @@ def _check_shard(file: Path) -> None:
 
 
 @contextmanager
-def _built_as(model_class: type, structure: dict, source: Path) -> Iterator[None]:
+def _built_as(model_class: Any, structure: dict, source: Path) -> Iterator[None]:
     """While this lasts, new models of a class have the units of ``structure``, which was read from ``source``."""
     build = model_class.__init__
 

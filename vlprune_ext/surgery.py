@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def apply(
     record = getattr(model, "vlprune", None) or {"shape": shape, "plans": []}
     origin = None if data is None else {"name": getattr(data, "name", ""), "hash": getattr(data, "hash", "")}
     entry = {"plan": json.loads(plan.to_json()), "mode": mode, "zeroed": zeroed, "data": origin}
-    model.vlprune = {**record, "plans": [*record["plans"], entry]}
+    model.vlprune = {**record, "plans": [*record["plans"], entry]}  # type: ignore[assignment]
     return model
 
 
@@ -123,7 +124,7 @@ def _check_weights(anatomy: Anatomy, plan: Plan, mode: str) -> None:
 
 def _check_site(site: Site, where: str) -> None:
     for linear in (site.out, *site.inputs):
-        weight = getattr(linear, "weight", None)
+        weight: Any = getattr(linear, "weight", None)
         if not isinstance(linear, nn.Linear) or weight.shape != (linear.out_features, linear.in_features):
             raise ValueError(f"plan: {where}: its projection is a {type(linear).__name__}, expected a plain Linear")
         if weight.is_meta:
@@ -170,7 +171,7 @@ def _zero(anatomy: Anatomy, plan: Plan) -> list[dict]:
 # --- removing --------------------------------------------------------------------------------------------------------
 
 
-def _blip_attention(self: nn.Module, hidden_states: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+def _blip_attention(self: Any, hidden_states: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     """BLIP's vision attention with a head_dim of its own; the original divides the stream's width by the heads."""
     batch, length, _width = hidden_states.shape
     q, k, v = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -235,7 +236,7 @@ def _remove(anatomy: Anatomy, plan: Plan) -> list[dict]:
             _narrow_site(site, [0])
             zeroed.append(_entry(tower, site.kind, layer, [0]))
     feature_layers = {name: _feature_layer(anatomy, tower, plan) for name, tower in anatomy.towers.items()}
-    lengths: dict[int, tuple[object, int]] = {}  # towers may share a config; it then holds the longest one's length
+    lengths: dict[int, tuple[Any, int]] = {}  # towers may share a config; it then holds the longest one's length
     for name, tower in anatomy.towers.items():
         for layer in sorted(plan.layers.get(name, []), reverse=True):
             del tower.container[layer]
@@ -259,7 +260,7 @@ def _layer_numbers(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield module, attribute
 
 
-def _configs(anatomy: Anatomy, tower: Tower) -> Iterator[object]:
+def _configs(anatomy: Anatomy, tower: Tower) -> Iterator[Any]:
     """The tower's config, and copies of it that modules around its blocks keep for themselves."""
     yield tower.config
     for name, module in anatomy.model.named_modules():
