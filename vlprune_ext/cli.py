@@ -639,6 +639,9 @@ def bench(
     only: Annotated[
         str | None, typer.Option(help="Run the benchmarks whose name contains this.", show_default=False)
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to keep results.json and results.md in.", show_default=False)
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -646,28 +649,18 @@ def bench(
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     if not (folder / "conftest.py").is_file():
         raise ValueError("the benchmarks are in the source tree, not in the installed package: run 'make bench' there")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(folder),
-        "-q",
-        "-o",
-        "python_files=bench_*.py",
-        "--rootdir",
-        str(folder),
-    ]
-    command += ["-k", only] if only else []
+    _check_output(out, folder=True)
     with tempfile.TemporaryDirectory() as temporary:
-        results = Path(temporary) / "results.json"
-        command += [f"--benchmark-json={results}"] if json else []
-        done = subprocess.run(command, stdout=sys.stderr if json else None, cwd=folder.parent, check=False)
+        results = out or Path(temporary)
+        command = [sys.executable, "-m", "pytest", str(folder), "-q", "-o", "python_files=bench_*.py"]
+        command += ["-o", "filterwarnings=default", "--bench-out", str(results.absolute()), "--bench-name", "results"]
+        command += ["-k", only] if only else []
+        done = subprocess.run(command, stdout=sys.stderr, cwd=folder.parent, check=False)
         if done.returncode == 5:
             raise UsageError(f"--only: no benchmark's name contains {only!r}")
         if done.returncode:
             raise ValueError(f"the benchmarks failed (pytest exit code {done.returncode})")
-        if json:
-            print(results.read_text(encoding="utf-8"))
+        print((results / f"results.{'json' if json else 'md'}").read_text(encoding="utf-8"), end="")
 
 
 @app.command(epilog=_example("vlprune info --json"))

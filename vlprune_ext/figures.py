@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -93,28 +94,29 @@ def column(values: Sequence[float]) -> list[str]:
 # ---- what the drawings are about ------------------------------------------------------------------------------------
 
 
-def removed_share(module: Module, scores: Scores, plan: Plan | None) -> float:
-    """How much of a scored module a plan removes: 1 all of it, 0 nothing."""
+def removed_shares(scores: Scores, plan: Plan | None) -> list[float]:
+    """How much of every scored module a plan removes: 1 all of it, 0 nothing; parts of neuron groups in between."""
     if plan is None:
-        return 0.0
-    if module.layer in plan.layers.get(module.tower, []):
-        return 1.0
-    if module.kind == "layer":
-        return 0.0
-    gone = plan.removed(module.tower, module.kind, module.layer)
-    if module.kind != "neurons":
-        return float(module.index in gone)
-    group = scores.neurons.get(module.tower, {}).get(module.layer)
-    units = group[module.index] if group else _consecutive(module, scores, plan)
-    return len(set(gone).intersection(units)) / len(units) if units else 0.0
+        return [0.0] * len(scores)
+    groups = Counter(m[:3] for m in scores.modules)
+    gone = {key: set(plan.removed(*key)) for key in {m[:3] for m in scores.modules if m.kind != "layer"}}
 
+    def share(module: Module) -> float:
+        if module.layer in plan.layers.get(module.tower, []):
+            return 1.0
+        if module.kind == "layer":
+            return 0.0
+        removed = gone[module[:3]]
+        if module.kind != "neurons":
+            return float(module.index in removed)
+        units = scores.neurons.get(module.tower, {}).get(module.layer)
+        # Scores read from CSV have no groups; without rewiring they are consecutive and equal but for the last.
+        total = plan.shape[module.tower][module.layer]["neurons"]
+        size = math.ceil(total / groups[module[:3]])
+        members = units[module.index] if units else range(module.index * size, min(total, (module.index + 1) * size))
+        return sum(unit in removed for unit in members) / max(len(members), 1)
 
-def _consecutive(module: Module, scores: Scores, plan: Plan) -> range:
-    # Scores read from CSV have no groups; without rewiring they are consecutive and equal but for the last.
-    groups = sum(m[:3] == module[:3] for m in scores.modules)
-    units = plan.shape[module.tower][module.layer]["neurons"]
-    size = math.ceil(units / groups)
-    return range(module.index * size, min(units, (module.index + 1) * size))
+    return [share(module) for module in scores.modules]
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -214,11 +216,12 @@ def heat_map(scores: Scores, plan: Plan | None = None, *, tower: str, kind: str 
         if n % step == 0
     ]
 
+    shares = removed_shares(scores, plan)
     cells: dict[str, list[str]] = {}
     marks, hatched = [], []
     for i, module in zip(rows, modules, strict=True):
         value, error = float(scores.value[i]), float(scores.error[i])
-        gone = removed_share(module, scores, plan)
+        gone = shares[i]
         x, y = left + module.index * cell_w, top + row_of[module.layer] * cell_h
         w, h = cell_w - gap, cell_h - min(gap, 2)
         level = _level(value, largest)
@@ -232,7 +235,7 @@ def heat_map(scores: Scores, plan: Plan | None = None, *, tower: str, kind: str 
             tone = "on" if abs(level) > LEVELS * 0.55 else "off"
             tone += " halo" if gone else ""
             marks.append(_text(x + w / 2, y + 12, minus(f"{round(value / 10**exponent)}"), "middle", tone))
-            if math.isfinite(error):
+            if math.isfinite(error) and error > 0:
                 marks.append(_text(x + w / 2, y + 23, f"±{error / 10**exponent:.0f}", "middle", f"{tone} small"))
         elif dotted and not abs(value) > 1.96 * error:
             marks.append(f'<circle cx="{x + w / 2:.1f}" cy="{y + h / 2:.1f}" r="1.6" class="dot"/>')
@@ -304,7 +307,8 @@ def ranking(
     order = scores.ranking(tower, kind)
     if not order:
         raise ValueError(f"scores: nothing of kind {kind!r} was scored" + (f" in tower {tower!r}" if tower else ""))
-    shares = [removed_share(scores.modules[i], scores, plan) for i in order]
+    of_module = removed_shares(scores, plan)
+    shares = [of_module[i] for i in order]
     per_bar = math.ceil(len(order) / _BARS)
     bars = [_bar(scores, order[n : n + per_bar], shares[n : n + per_bar]) for n in range(0, len(order), per_bar)]
 

@@ -29,7 +29,7 @@ from .figures import (
     minus,
     number,
     ranking,
-    removed_share,
+    removed_shares,
     towers_of,
 )
 from .methods import METHODS
@@ -340,8 +340,7 @@ def _importance(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
         sections.append(
             {
                 "title": titles[kind],
-                "text": f"How much the objective ({scores.objective or 'unnamed'}) drops when one is left out"
-                + (f"; it is {number(scores.dense)} with all of them." if math.isfinite(scores.dense) else "."),
+                "text": _what_scores_are(scores),
                 "maps": maps,
                 "map_caption": "Layers from top to bottom; colour on a square-root scale shared by the towers. "
                 "Blue: the model needs it. Orange: the model is better without it. Hatched: removed.",
@@ -352,10 +351,25 @@ def _importance(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
     return sections
 
 
+def _what_scores_are(scores: Scores) -> str:
+    name = scores.objective or "unnamed"
+    if not _measured(scores):
+        return f"Importance by {name}: not measured on samples, so without errors."
+    dense = f"; it is {number(scores.dense)} with all of them" if math.isfinite(scores.dense) else ""
+    return f"How much the objective ({name}) drops when one is left out{dense}."
+
+
+def _measured(scores: Scores) -> bool:
+    return bool((scores.count > 0).any())
+
+
 def _ranking_caption(scores: Scores, plan: Plan, kind: str) -> str:
-    text = "Lines are ± one standard error of the mean, from paired differences per sample. Square-root scale."
+    text = "Square-root scale."
+    if _measured(scores):
+        text = f"Lines are ± one standard error of the mean, from paired differences per sample. {text}"
     order = scores.ranking(kind=kind)
-    gone = [removed_share(scores.modules[i], scores, plan) > 0 for i in order]
+    shares = removed_shares(scores, plan)
+    gone = [shares[i] > 0 for i in order]
     count = sum(gone)
     if count and not all(gone[:count]):
         text += (
@@ -368,6 +382,7 @@ def _ranking_caption(scores: Scores, plan: Plan, kind: str) -> str:
 def extremes(scores: Scores, plan: Plan | None, count: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
     """The modules at both ends of the ranking, as rows of text: module, value, error, cost, removed."""
     order = scores.ranking()
+    shares = removed_shares(scores, plan)
     count = min(count, max(1, len(order) // 2))
     tables = []
     for title, positions in (
@@ -382,7 +397,7 @@ def extremes(scores: Scores, plan: Plan | None, count: int = 8) -> list[tuple[st
                 "value": value,
                 "error": error,
                 "cost": si(float(scores.cost[i])),
-                "removed": removed_share(scores.modules[i], scores, plan) > 0,
+                "removed": shares[i] > 0,
             }
             for i, value, error in zip(positions, values, errors, strict=True)
         ]
