@@ -353,10 +353,12 @@ OBJECTIVES = {
 }
 
 
-def objective_named(objective: str | Objective) -> Objective:
-    """An objective from its name. Raises ValueError listing the names."""
+def objective_named(objective: str | Objective | None, anatomy: Anatomy | None = None) -> Objective:
+    """An objective from its name; None is the smooth one that suits the model. Raises ValueError listing the names."""
     if isinstance(objective, Objective):
         return objective
+    if objective is None:
+        return Contrastive() if anatomy is None or set(anatomy.family.embed or ()) == {"vision", "text"} else LMLoss()
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[objective]()

@@ -123,7 +123,7 @@ def prune(
         scores=method.scores,
         before=before,
         after=numbers(),
-        method=method.describe(),
+        method=plan.method,
         data={"name": data.name, "split": data.split, "hash": data.hash, "samples": data.n_images},
     )
 
@@ -135,7 +135,7 @@ def plan_cost(
     *,
     modules: Sequence[str] = ("head", "neurons"),
     towers: Sequence[str] | None = None,
-    objective: str | Objective = "contrastive",
+    objective: str | Objective | None = None,
     neurons_per_group: int = 64,
     steps: int = 1,
     batch_size: int = 32,
@@ -146,7 +146,7 @@ def plan_cost(
     stream_bytes (the residual streams held), seconds (from timing one batch).
     """
     anatomy = describe(model)
-    objective = objective_named(objective)
+    objective = objective_named(objective, anatomy)
     kinds = check_kinds(modules)
     towers = tuple(towers) if towers is not None else objective.towers(anatomy)
     groups = neuron_groups(anatomy, towers, neurons_per_group) if "neurons" in kinds else {}

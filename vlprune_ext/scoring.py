@@ -129,7 +129,7 @@ def score(
     *,
     modules: Sequence[str] = ("head", "neurons"),
     towers: Sequence[str] | None = None,
-    objective: str | Objective = "contrastive",
+    objective: str | Objective | None = None,
     neurons_per_group: int = 64,
     rewire: bool = False,
     groups: Groups | None = None,
@@ -145,7 +145,8 @@ def score(
 
     modules            kinds to score: "head", "cross_head", "neurons" (groups), "layer"
     towers             names, None for all that the objective sees
-    objective          a name of `objectives.OBJECTIVES` or an Objective; Z, higher is better
+    objective          a name of `objectives.OBJECTIVES` or an Objective; Z, higher is better. None: "contrastive" for a
+                       model with two embeddings, "lm_loss" for one that predicts tokens
     neurons_per_group  neurons that are removed together
     rewire             sort neurons by importance before grouping them
     groups             the groups themselves, instead of the two fields above
@@ -158,8 +159,8 @@ def score(
     Raises ValueError for unknown kinds, towers and objectives, and for data that the objective cannot use.
     """
     kinds = check_kinds(modules)
-    objective = objective_named(objective)
     anatomy = describe(model)
+    objective = objective_named(objective, anatomy)
     towers = tuple(towers) if towers is not None else objective.towers(anatomy)
     for tower in towers:
         if tower not in objective.towers(anatomy):

@@ -40,7 +40,7 @@ class Structured(ABC):
     steps              rounds of ranking and removing; 1 = one-shot
     neurons_per_group  neurons that go together
     rewire             sort neurons by importance before grouping them
-    objective          what importance is measured by, where it is measured on data
+    objective          what importance is measured by, where it is measured on data; None: what suits the model
     batch_size         calibration rows run at once
     """
 
@@ -55,7 +55,7 @@ class Structured(ABC):
     steps: int = 6
     neurons_per_group: int = 64
     rewire: bool = False
-    objective: str | Objective = "contrastive"
+    objective: str | Objective | None = None
     batch_size: int = 32
     scores: Scores | None = field(default=None, init=False, repr=False, compare=False)  # of the first round
 
@@ -83,7 +83,8 @@ class Structured(ABC):
     def describe(self) -> dict:
         """The method's name and fields, as plain data."""
         fields = {key: value for key, value in asdict(self).items() if key != "scores"}
-        fields["objective"] = objective_named(self.objective).name
+        if isinstance(self.objective, Objective):
+            fields["objective"] = self.objective.name
         if fields["towers"] is not None:
             fields["towers"] = list(fields["towers"])
         return {"name": self.name, **fields}
@@ -98,14 +99,14 @@ class Structured(ABC):
         Raises ValueError for towers the objective does not see, and for data it cannot use.
         """
         anatomy = describe(model)
-        objective = objective_named(self.objective)
+        objective = objective_named(self.objective, anatomy)
         towers = tuple(self.towers) if self.towers is not None else objective.towers(anatomy)
         for tower in towers:
             if tower not in objective.towers(anatomy):
                 raise ValueError(f"towers: {tower!r}, expected some of {', '.join(objective.towers(anatomy))}")
         order = rewired_order(anatomy, towers, data, objective, self.batch_size) if self.rewire else None
         groups = neuron_groups(anatomy, towers, self.neurons_per_group, order)
-        plan = Plan(anatomy.shape(), method=self.describe())
+        plan = Plan(anatomy.shape(), method={**self.describe(), "objective": objective.name})
         self.scores = None
         for kinds in STAGES[self.stage]:
             kinds = tuple(k for k in kinds if self._keep(k) < 1 and _has_kind(anatomy, towers, k))

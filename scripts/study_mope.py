@@ -1,0 +1,174 @@
+"""What each choice in MoPE is worth: recall@1 of clip-digits after removing a quarter and a half of its heads and neurons.
+
+    python scripts/study_mope.py --out results.jsonl [--seeds 0 1 2 3 4] [--only NAME ...]
+    python scripts/study_mope.py --out results.jsonl --table
+
+Each seed draws its own calibration scenes. Every result is one line of JSON, written as soon as it is known; what is
+there already is not run again, so the study can be stopped, resumed and run in parts. Choices are made on the validation
+split; the test split is for the table. Nothing is trained, except under --distill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+
+from transformers import CLIPModel
+
+import vlprune_ext as vp
+from vlprune_ext.data import load_data
+
+SAMPLES = 256
+KEEP = (0.75, 0.5)
+VISION = ("vision",)
+
+
+def variants() -> dict[str, tuple[type, dict]]:
+    """Name -> method and fields. A method in n steps reaches a quarter removed after n / 2 of them."""
+    one_shot, stepwise = {"steps": 1}, {"steps": 6}
+    uniform, glob = {"scope": "layer"}, {"scope": "global"}
+    table = {
+        "random, uniform": (vp.Random, {**one_shot, **uniform}),
+        "random, global": (vp.Random, {**one_shot, **glob}),
+        "magnitude, uniform": (vp.Magnitude, {**one_shot, **uniform}),
+        "magnitude, global": (vp.Magnitude, {**one_shot, **glob}),
+        "Taylor, uniform": (vp.Taylor, {**one_shot, **uniform}),
+        "Taylor, global": (vp.Taylor, {**one_shot, **glob}),
+        "Taylor, global, 6 steps": (vp.Taylor, {**stepwise, **glob}),
+        "Taylor per sample, global, 6 steps": (vp.Taylor, {**stepwise, **glob, "per_sample": True}),
+        "MoPE by recall@1, uniform (published)": (vp.MoPE, {**one_shot, **uniform, "objective": "recall@1"}),
+        "MoPE by recall@1, global": (vp.MoPE, {**one_shot, **glob, "objective": "recall@1"}),
+        "MoPE by recall@1, global, 6 steps": (vp.MoPE, {**stepwise, **glob, "objective": "recall@1"}),
+        "MoPE by cross-entropy, uniform": (vp.MoPE, {**one_shot, **uniform}),
+        "MoPE by cross-entropy, global": (vp.MoPE, {**one_shot, **glob}),
+        "MoPE by cross-entropy, uniform, 6 steps": (vp.MoPE, {**stepwise, **uniform}),
+        "MoPE by margin, global, 6 steps": (vp.MoPE, {**stepwise, **glob, "objective": "margin"}),
+        "MoPE by cross-entropy, global, 6 steps": (vp.MoPE, {**stepwise, **glob}),
+        "the same, early stopping": (vp.MoPE, {**stepwise, **glob, "exact": False}),
+        "the same, groups of 32": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 32}),
+        "the same, groups of 16": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 16}),
+        "the same, rewired": (vp.MoPE, {**stepwise, **glob, "rewire": True}),
+        "the same, groups of 16, rewired": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 16, "rewire": True}),
+        "the same, one budget for heads and neurons": (vp.MoPE, {**stepwise, **glob, "compete": True}),
+        "the same, 12 steps": (vp.MoPE, {**glob, "steps": 12}),
+        "Taylor, groups of 16, 6 steps": (vp.Taylor, {**stepwise, **glob, "neurons_per_group": 16}),
+    }
+    named = {name: (method, {**fields, "towers": VISION}) for name, (method, fields) in table.items()}
+    both = {
+        "both towers: random, uniform": (vp.Random, {**one_shot, **uniform}),
+        "both towers: magnitude, uniform": (vp.Magnitude, {**one_shot, **uniform}),
+        "both towers: Taylor, global, 6 steps": (vp.Taylor, {**stepwise, **glob}),
+        "both towers: MoPE by recall@1, uniform (published)": (
+            vp.MoPE,
+            {**one_shot, **uniform, "objective": "recall@1"},
+        ),
+        "both towers: MoPE, default": (vp.MoPE, {}),
+        "both towers: MoPE, one budget": (vp.MoPE, {"compete": True, "across_towers": True}),
+    }
+    return named | both
+
+
+def recall(model, data) -> float:
+    return vp.evaluate(model, data, "recall@1", batch_size=100)["recall@1"]
+
+
+def run(name: str, seed: int, model, splits: dict) -> list[dict]:
+    """One variant at each keep ratio: masked, so that the same model serves all."""
+    method_class, fields = variants()[name]
+    calibration = load_data("digits", split="calibration", model=model, limit=SAMPLES, seed=seed)
+    rows = []
+    for keep in KEEP:
+        steps = fields.get("steps", method_class().steps)
+        own = {**fields, "keep_heads": keep, "keep_neurons": keep, "steps": max(1, round(steps * (1 - keep) / 0.5))}
+        if method_class is vp.Random:
+            own["seed"] = seed
+        start = time.perf_counter()
+        method = method_class(**own)
+        plan = method.plan(model, calibration)
+        seconds = time.perf_counter() - start
+        with vp.masked(model, plan):
+            scores = {split: recall(model, data) for split, data in splits.items()}
+        rows.append({"variant": name, "seed": seed, "keep": keep, **scores, "seconds": round(seconds, 1)})
+    return rows
+
+
+def distilled(name: str, seed: int, model, splits: dict, steps: int) -> list[dict]:
+    """The same after a short distillation on training scenes."""
+    method_class, fields = variants()[name]
+    fields = {**fields, "keep_heads": 0.5, "keep_neurons": 0.5} | ({"seed": seed} if method_class is vp.Random else {})
+    student = copy.deepcopy(model)
+    calibration = load_data("digits", split="calibration", model=model, limit=SAMPLES, seed=seed)
+    train = load_data("digits", split="train", model=model, limit=4000, seed=seed)
+    vp.apply(student, method_class(**fields).plan(student, calibration))
+    start = time.perf_counter()
+    vp.distill(student, model, train, steps=steps, batch_size=128, learning_rate=1e-3, seed=seed)
+    scores = {split: recall(student, data) for split, data in splits.items()}
+    seconds = round(time.perf_counter() - start, 1)
+    return [{"variant": f"{name} + distillation", "seed": seed, "keep": 0.5, **scores, "seconds": seconds}]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows: list[dict]) -> str:
+    """Mean and spread (standard deviation) over seeds, in Markdown."""
+    lines = [
+        "| method | seeds | 75%: validation | 75%: test | 50%: validation | 50%: test |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    for name in names:
+        cells = []
+        seeds = {row["seed"] for row in rows if row["variant"] == name}
+        for keep in KEEP:
+            for split in ("validation", "test"):
+                values = [row[split] for row in rows if row["variant"] == name and row["keep"] == keep]
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "–")
+        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--distill", type=int, metavar="STEPS", help="distil what is left for so many steps")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there and stop")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read(arguments.out)))
+        return
+    model = CLIPModel.from_pretrained(vp.zoo.path("clip-digits")).eval()
+    splits = {split: load_data("digits", split=split, model=model, limit=1000) for split in ("validation", "test")}
+    if not read(arguments.out):
+        dense = {split: recall(model, data) for split, data in splits.items()}
+        arguments.out.write_text(
+            "".join(
+                json.dumps({"variant": "dense", "seed": 0, "keep": keep, **dense, "seconds": 0}) + "\n" for keep in KEEP
+            )
+        )
+    for name in arguments.only or variants():
+        for seed in arguments.seeds:
+            label = f"{name} + distillation" if arguments.distill else name
+            if any(row["variant"] == label and row["seed"] == seed for row in read(arguments.out)):
+                continue
+            rows = (
+                distilled(name, seed, model, splits, arguments.distill)
+                if arguments.distill
+                else run(name, seed, model, splits)
+            )
+            with arguments.out.open("a") as file:
+                for row in rows:
+                    file.write(json.dumps(row) + "\n")
+                    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
