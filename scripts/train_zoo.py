@@ -12,6 +12,8 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,7 +63,13 @@ def make_processor(max_length: int) -> CLIPProcessor:
 
 def make_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """Six vision and four text layers of width 128, four heads of 32, 512 neurons: about 2.0M parameters."""
-    tower = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
+    tower = {
+        "hidden_act": "gelu",
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "projection_dim": 128,
+    }
     config = CLIPConfig(
         vision_config=tower | {"num_hidden_layers": 6, "image_size": IMAGE_SIZE, "patch_size": 8},
         text_config=tower
@@ -104,37 +112,48 @@ def recall(model: CLIPModel, inputs: dict[str, torch.Tensor], batch: int = 250) 
     return measured
 
 
-def train_clip_digits(out: Path, seed: int, steps: int, batch: int, rate: float, threads: int) -> None:
-    """Symmetric contrastive training on scenes composed anew each step; keeps the best by validation recall@1."""
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    processor = make_processor(max_length=32)
-    tokenizer = processor.tokenizer
-    model = make_clip(tokenizer)
-    parameters = sum(p.numel() for p in model.parameters())
-    validation = inputs_of(DigitScenes("validation", EVALUATED), tokenizer)
+@dataclass(frozen=True)
+class Stage:
+    """Some steps with one kind of batch and one cosine from ``rate`` to zero."""
+
+    steps: int
+    batch: int
+    objects: tuple[int, ...]  # how many digits a scene may hold
+    alike: int  # scenes in a row that differ in their digits alone
+    rate: float
+
+
+# What a digit is, is the hard part: random scenes are told apart by colours and places, and teach little of it.
+CLIP_DIGITS = (
+    Stage(steps=500, batch=128, objects=(1,), alike=8, rate=1e-3),
+    Stage(steps=700, batch=128, objects=(1, 2, 3, 4), alike=4, rate=1e-3),
+)
+
+
+def train_stage(
+    model: CLIPModel, stage: Stage, tokenizer: PreTrainedTokenizerFast, scene_seeds: range, validate: Callable
+) -> None:
+    """Symmetric contrastive training on scenes composed anew each step; ``validate(step, loss)`` now and then."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.98)
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        lr=stage.rate,
+        betas=(0.9, 0.98),
     )
-    warm_up = max(1, min(50, steps // 10))
+    warm_up = max(1, min(50, stage.steps // 10))
 
     def relative_rate(done: int) -> float:
         if done < warm_up:
             return (done + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / max(1, steps - warm_up)))
+        return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / max(1, stage.steps - warm_up)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, relative_rate)
-    print(f"clip-digits: {parameters:,} parameters, {steps} steps of {batch} scenes, {threads} threads", flush=True)
-    every = max(1, min(100, steps // 5))
-    best, best_step, best_state = -1.0, 0, {}
-    began = time.perf_counter()
-    target = torch.arange(batch)
-    for step in range(1, steps + 1):
+    target = torch.arange(stage.batch)
+    for step, scene_seed in enumerate(scene_seeds, start=1):
         model.train()
-        inputs = inputs_of(DigitScenes("train", batch, seed=seed * 1_000_000 + step), tokenizer)
+        scenes = DigitScenes("train", stage.batch, scene_seed, stage.objects, stage.alike)
+        inputs = inputs_of(scenes, tokenizer)
         logits = model(**inputs).logits_per_text  # [B, B]
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad(set_to_none=True)
@@ -144,44 +163,74 @@ def train_clip_digits(out: Path, seed: int, steps: int, batch: int, rate: float,
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        if step % every == 0 or step == steps:
-            measured = recall(model, validation)
-            print(
-                f"step {step:5d}  loss {loss.item():.4f}  scale {model.logit_scale.exp().item():.1f}  "
-                f"validation recall@1 {measured['recall@1']:.4f}  {time.perf_counter() - began:.0f} s",
-                flush=True,
-            )
-            if measured["recall@1"] > best:
-                best, best_step, best_state = measured["recall@1"], step, copy.deepcopy(model.state_dict())
-    seconds = time.perf_counter() - began
+        if step % max(1, min(50, stage.steps // 4)) == 0 or step == stage.steps:
+            validate(step, loss.item())
+
+
+def train_clip_digits(out: Path, seed: int, threads: int, stages: Sequence[Stage] = CLIP_DIGITS) -> None:
+    """Train stage after stage, keep the best by validation recall@1; write the model, its processor and its card."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    processor = make_processor(max_length=32)
+    tokenizer = processor.tokenizer
+    model = make_clip(tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    validation = inputs_of(DigitScenes("validation", EVALUATED), tokenizer)
+    began = time.perf_counter()
+    print(f"clip-digits: {parameters:,} parameters, {threads} threads", flush=True)
+    best, best_state, done = -1.0, copy.deepcopy(model.state_dict()), 0
+
+    def validate(step: int, loss: float) -> None:
+        nonlocal best, best_state
+        found = recall(model, validation)["recall@1"]
+        if found > best:
+            best, best_state = found, copy.deepcopy(model.state_dict())
+        print(
+            f"step {done + step:5d}  loss {loss:.4f}  scale {model.logit_scale.exp().item():.1f}  "
+            f"validation recall@1 {found:.4f}  {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+
+    for stage in stages:
+        print(stage, flush=True)
+        first = seed * 1_000_000 + done + 1
+        train_stage(model, stage, tokenizer, range(first, first + stage.steps), validate)
+        done += stage.steps
     model.load_state_dict(best_state)
+    minutes = (time.perf_counter() - began) / 60
+    write_clip_digits(out, model, processor, stages, f"--seed {seed} --threads {threads}", minutes)
+
+
+def write_clip_digits(
+    out: Path, model: CLIPModel, processor: CLIPProcessor, stages: Sequence[Stage], arguments: str, minutes: float
+) -> None:
+    """The ``save_pretrained`` folder with a card that says what was measured."""
     numbers = {
-        "validation": recall(model, validation),
-        "test": recall(model, inputs_of(DigitScenes("test", EVALUATED), tokenizer)),
+        split: recall(model, inputs_of(DigitScenes(split, EVALUATED), processor.tokenizer))
+        for split in ("validation", "test")
     }
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    command = f"python scripts/train_zoo.py clip-digits --seed {seed} --steps {steps} --batch {batch} --rate {rate:g}"
-    (out / "README.md").write_text(
-        CARD.format(
-            parameters=f"{parameters:,}",
-            rows="\n".join(
-                f"| {split} | " + " | ".join(f"{values[key]:.3f}" for key in COLUMNS) + " |"
-                for split, values in numbers.items()
-            ),
-            scenes=EVALUATED,
-            command=f"{command} --threads {threads}",
-            minutes=f"{seconds / 60:.0f}",
-            threads=threads,
-            steps=steps,
-            best_step=best_step,
-            batch=batch,
-            torch=torch.__version__,
-        ),
-        encoding="utf-8",
+    rows = (
+        f"| {split} | " + " | ".join(f"{found[key]:.3f}" for key in COLUMNS) + " |" for split, found in numbers.items()
     )
-    print(f"{out}: best at step {best_step}, test " + ", ".join(f"{k} {v:.4f}" for k, v in numbers["test"].items()))
+    card = CARD.format(
+        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+        rows="\n".join(rows),
+        scenes=EVALUATED,
+        command=f"python scripts/train_zoo.py clip-digits --out DIR {arguments}",
+        minutes=f"{minutes:.0f}",
+        stages="\n".join(
+            f"- {stage.steps} steps of {stage.batch} new scenes, digits a scene: {', '.join(map(str, stage.objects))}"
+            + (f"; every {stage.alike} in a row differ in their digits alone" if stage.alike > 1 else "")
+            for stage in stages
+        ),
+        torch=torch.__version__,
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+    print(f"{out}: {minutes:.0f} minutes; test " + ", ".join(f"{k} {v:.4f}" for k, v in numbers["test"].items()))
 
 
 COLUMNS = ("recall@1", "recall@5", "image_to_text_recall@1", "text_to_image_recall@1")
@@ -208,15 +257,17 @@ direction is the mean of both.
 |---|---|---|---|---|
 {rows}
 
-Digits are divided among train, calibration, validation and test before scenes are composed. The step ({best_step} of
-{steps}) was chosen on validation; test decided nothing.
+Digits are divided among train, calibration, validation and test before scenes are composed. The weights kept
+are those best on validation.
 
 ## Training
 
     {command}
 
-{steps} steps of {batch} new scenes, symmetric contrastive loss with a learned temperature, AdamW, cosine; {minutes}
-minutes on {threads} CPU threads of a machine in other use, torch {torch}.
+{stages}
+
+Symmetric contrastive loss with a learned temperature, AdamW, one cosine a stage; {minutes} minutes on CPU cores shared
+with other work, torch {torch}.
 
 ## Data and licence
 
@@ -232,12 +283,9 @@ def main() -> None:
     parser.add_argument("model", choices=["clip-digits"])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    train_clip_digits(given.out, given.seed, given.steps, given.batch, given.rate, given.threads)
+    train_clip_digits(given.out, given.seed, given.threads)
 
 
 if __name__ == "__main__":

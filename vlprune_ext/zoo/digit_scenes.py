@@ -29,7 +29,7 @@ COLOURS = {
 }
 IMAGE_SIZE = 48
 CELL = IMAGE_SIZE // 2
-SIZES = (14, 16, 18, 20)  # side of a placed digit in pixels
+SIZES = (20, 22)  # side of a placed digit in pixels
 SINGLES = len(COLOURS) * 10 * len(POSITIONS)  # how many different scenes of one object can be told apart by caption
 
 _SHARE = {"train": 0.70, "calibration": 0.10, "validation": 0.10, "test": 0.10}
@@ -121,15 +121,15 @@ def _enlarged(size: int) -> np.ndarray:
 
 
 def _paint(objects: Sequence[Object], rng: np.random.Generator) -> np.ndarray:
-    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.uniform(0, 60), dtype=np.float32)
+    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.uniform(0, 50), dtype=np.float32)
     for o in objects:
         size = SIZES[rng.integers(len(SIZES))]
         dy, dx = rng.integers(0, CELL - size + 1, 2)
         y, x = o.position // 2 * CELL + dy, o.position % 2 * CELL + dx
-        colour = _RGB[o.colour] * rng.uniform(0.6, 1.0) + rng.integers(-20, 21, 3).astype(np.float32)
+        colour = _RGB[o.colour] * rng.uniform(0.7, 1.0) + rng.integers(-15, 16, 3).astype(np.float32)
         patch = canvas[y : y + size, x : x + size]
         patch += _enlarged(size)[o.source][:, :, None] * (colour.astype(np.float32) - patch)
-    canvas += rng.integers(-25, 26, canvas.shape, dtype=np.int8)
+    canvas += rng.integers(-15, 16, canvas.shape, dtype=np.int8)
     return np.rint(np.clip(canvas, 0, 255)).astype(np.uint8)
 
 
@@ -149,14 +149,20 @@ class DigitScenes(Sequence[Scene]):
     objects : tuple of int
         How many digits a scene may hold; each number is equally likely. ``(1,)`` with n = 320 is every colour, digit
         and position once.
+    alike : int
+        So many scenes in a row have the same positions and colours and differ in their digits alone: hard negatives
+        for contrastive training, which otherwise learns little of what a digit is.
 
     Raises
     ------
     ValueError
-        Unknown split, a negative seed, n below one, or more scenes than there are different captions.
+        Unknown split, a negative seed, n below one, more scenes than there are different captions, or more alike than
+        there are digits.
     """
 
-    def __init__(self, split: str, n: int = 1000, seed: int = 0, objects: tuple[int, ...] = (1, 2, 3, 4)) -> None:
+    def __init__(
+        self, split: str, n: int = 1000, seed: int = 0, objects: tuple[int, ...] = (1, 2, 3, 4), alike: int = 1
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         if n < 1:
@@ -167,25 +173,33 @@ class DigitScenes(Sequence[Scene]):
             raise ValueError(f"objects is {objects!r}, expected numbers from 1 to 4")
         if set(objects) == {1} and n > SINGLES:
             raise ValueError(f"n is {n}, but only {SINGLES} scenes of one object have different captions")
-        self.split, self.seed, self.objects = split, seed, tuple(objects)
+        if not 1 <= alike <= 10:
+            raise ValueError(f"alike is {alike}, expected 1 to 10")
+        self.split, self.seed, self.objects, self.alike = split, seed, tuple(objects), alike
         self._scenes = tuple(self._compose(n))
 
     def _compose(self, n: int) -> Iterator[Scene]:
         rng = np.random.default_rng([SPLITS.index(self.split), self.seed, *self.objects])
         pool = _by_digit(self.split)
         seen: set[tuple[tuple[int, int, int], ...]] = set()
+        left = 0  # how many scenes are still to share positions and colours
         while len(seen) < n:
-            count = self.objects[rng.integers(len(self.objects))]
+            if not left:
+                count = self.objects[rng.integers(len(self.objects))]
+                positions = sorted(rng.permutation(4)[:count].tolist())
+                colours: list[int] = []
+                left = self.alike
             placed = []
-            for position in sorted(rng.permutation(4)[:count].tolist()):
-                colour, digit = int(rng.integers(len(COLOURS))), int(rng.integers(10))
-                source = int(pool[digit][rng.integers(len(pool[digit]))])
-                placed.append(Object(position, colour, digit, source))
+            for at, position in enumerate(positions):
+                if at == len(colours):
+                    colours.append(int(rng.integers(len(COLOURS))))
+                colour, digit = colours[at], int(rng.integers(10))
+                placed.append(Object(position, colour, digit, int(pool[digit][rng.integers(len(pool[digit]))])))
             what = tuple((o.position, o.colour, o.digit) for o in placed)
-            if what in seen:
-                continue
-            seen.add(what)
-            yield Scene(_paint(placed, rng), tuple(placed))
+            left -= 1  # also for one already seen, so that positions and colours without new scenes come to an end
+            if what not in seen:
+                seen.add(what)
+                yield Scene(_paint(placed, rng), tuple(placed))
 
     def __len__(self) -> int:
         return len(self._scenes)
