@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import vlprune_ext as vp
 from vlprune_ext.anatomy import describe
-from vlprune_ext.distill import Weights, distillation_loss, kept_layers
+from vlprune_ext.distillation import Weights, distillation_loss, kept_layers
 from vlprune_ext.plan import Plan
 
 

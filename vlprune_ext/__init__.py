@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .anatomy import describe
     from .checkpoint import load_pruned, save_pruned
     from .data import Data, load_data
-    from .distill import distill
+    from .distillation import distill
     from .interventions import DropHead, DropLayer, DropNeurons
     from .methods import Magnitude, MoPE, Random, Taylor
     from .objectives import Contrastive, LMLoss, Objective, Retrieval, ZeroShot
@@ -29,7 +29,7 @@ _HOMES = {
     "save_pruned": "checkpoint",
     "Data": "data",
     "load_data": "data",
-    "distill": "distill",
+    "distill": "distillation",
     "DropHead": "interventions",
     "DropLayer": "interventions",
     "DropNeurons": "interventions",

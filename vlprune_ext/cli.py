@@ -451,13 +451,14 @@ def prune(
         )
     comparisons: dict[str, Any] = {}
     if distill_steps:
+        from .distillation import distill
         from .report import method_name
 
         comparisons = {f"{method_name(result)}, before distillation": dict(result.after)}
         teacher = _load(model, device, dtype).model
         train = _load_data(loaded, data, "train", None, seed)
         with _working("distilling") as progress:
-            vp.distill(result.model, teacher, train, steps=distill_steps, seed=seed, progress=progress)
+            distill(result.model, teacher, train, steps=distill_steps, seed=seed, progress=progress)
             quality = vp.evaluate(result.model, test) if test is not None else {}
             result.after = {**quality, **vp.measure(result.model, test or calibration)}
         result.method = {**result.method, "distill_steps": distill_steps}

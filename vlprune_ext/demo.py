@@ -12,7 +12,7 @@ from typing import Any
 
 from .checkpoint import load_pruned, save_pruned
 from .data import load_data
-from .distill import distill
+from .distillation import distill
 from .methods import Magnitude, MoPE, Random
 from .models import load_model
 from .pipeline import Result, evaluate, measure, plan_cost, prune
@@ -22,6 +22,7 @@ MODEL = "clip-digits"
 SEED = 0
 CALIBRATION = 300  # images that are looked at to decide
 TEST = 1000  # images of digits that no other split has
+TRAIN = 4000  # images to distil on
 DISTILL_STEPS = 60
 
 Progress = Callable[[int, int, str], None]
@@ -56,7 +57,7 @@ def run(out: Path, report: Path, *, keep: float, working: Working, say: Callable
     loaded = load_model(MODEL)
     dense = loaded.model
     with working("reading the data"):
-        splits = {"calibration": CALIBRATION, "train": 4000, "test": TEST}
+        splits = {"calibration": CALIBRATION, "train": TRAIN, "test": TEST}
         data = {
             split: load_data("digits", split, model=dense, processor=loaded.processor, limit=limit, seed=SEED)
             for split, limit in splits.items()

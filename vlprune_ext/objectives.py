@@ -155,6 +155,11 @@ class Retrieval(_DualEncoder):
     name: str = field(default="retrieval", init=False)
     differentiable = False
 
+    def __post_init__(self) -> None:
+        if not self.at or any(k < 1 for k in self.at):
+            raise ValueError(f"at: {self.at}, expected ranks of at least 1")
+        self.name = f"recall@{self.at[0]}" if len(self.at) == 1 else "retrieval"
+
     def ranks(self, image: Tensor, text: Tensor, data: Data) -> tuple[Tensor, Tensor]:
         """Ranks of the best positive: of the texts for each image [I], of the image for each text [T]."""
         device = image.device
