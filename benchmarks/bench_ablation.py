@@ -35,7 +35,7 @@ LEAVE_ONE_OUT = {
 def test_leave_one_out(name, dtype, device, compare):
     n, d, g, groups = LEAVE_ONE_OUT[name]
     if device.type == "cpu" and dtype == torch.float16:
-        pytest.skip("torch multiplies fp16 matrices on this CPU in minutes")
+        pytest.skip("torch takes minutes for these products of fp16 matrices where the CPU has none of its own")
     x = torch.randn(n, groups * g, device=device).to(dtype)
     weight = torch.randn(d, groups * g, device=device).to(dtype)
     base = torch.randn(n, d, device=device).to(dtype)
@@ -105,8 +105,8 @@ def extra_memory_mb(n: int, m: int, d: int, device: torch.device) -> float:
 @pytest.mark.parametrize("shape", [(5000, 25000, 512), (1000, 5000, 768)], ids=str)
 def test_retrieval_rank(shape, dtype, device, compare):
     n, m, d = shape
-    if device.type == "cpu" and dtype == torch.float16:
-        pytest.skip("torch multiplies fp16 matrices on this CPU in minutes")
+    if device.type == "cpu" and dtype != torch.float32:
+        pytest.skip("torch takes minutes for this product of 16-bit matrices where the CPU has none of its own")
     query = torch.nn.functional.normalize(torch.randn(n, d, device=device), dim=-1).to(dtype)
     gallery = torch.nn.functional.normalize(torch.randn(m, d, device=device), dim=-1).to(dtype)
     positives = torch.randint(0, m, (n,), device=device)

@@ -31,7 +31,8 @@ part() {
   name=$1 limit=$2
   shift 2
   began=$(now)
-  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
+  # An interrupt lets pytest finish its report and write what it has.
+  timeout -s INT -k 20 "$limit" "$@" >"$OUT/$name.log" 2>&1
   report "$name" $? $(($(now) - began))
 }
 
@@ -47,6 +48,7 @@ part() {
 # ---- build, for the GPU in the machine ----
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 build() {
+  rm -rf build/gpu-check
   command -v ninja >/dev/null && set -- -G Ninja
   cmake -S . -B build/gpu-check "$@" -DCMAKE_BUILD_TYPE=Release -DVLPRUNE_CUDA="${VLPRUNE_CUDA:-ON}" \
     ${arch:+-DCMAKE_CUDA_ARCHITECTURES="$arch"} -DPython_EXECUTABLE="$(command -v "$PYTHON")" &&
