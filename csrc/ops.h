@@ -1,9 +1,9 @@
 // Every launcher of the extension: one contract, a CPU and a CUDA declaration.
 //
-// All pointers are to memory the caller owns. Launchers allocate nothing, retain nothing and do not synchronise. Sizes and
-// strides are in elements, int64_t. Shapes, dtypes and value ranges were checked by the caller (vlprune_ext/ops/*.py).
-// cpu:: runs on at most `threads` threads; cuda:: runs on `stream` (a cudaStream_t) of the current device. The same inputs
-// give the same bits on every run and for every thread count.
+// All pointers are to memory the caller owns. Launchers allocate nothing, retain nothing and do not synchronise. Sizes
+// and strides are in elements, int64_t. Shapes, dtypes and value ranges were checked by the caller
+// (vlprune_ext/ops/*.py). cpu:: runs on at most `threads` threads; cuda:: runs on `stream` (a cudaStream_t) of the
+// current device. The same inputs give the same bits on every run and for every thread count.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct LeaveOneOut {
 };
 
 // rank[v, n] = #{ m : <query[v,n], gallery[v or 0, m]> > best[v,n] },  best = max over p of the positives' scores.
-// The positives' scores are computed by the same arithmetic as all others, so an exact copy of a positive never counts as
-// higher. rank = -1 where any score of the row is NaN.
+// The positives' scores are computed by the same arithmetic as all others, so an exact copy of a positive never counts
+// as higher. rank = -1 where any score of the row is NaN.
 struct RetrievalRank {
   const void* query;         // [V, N, D], contiguous
   const void* gallery;       // [V or 1, M, D], contiguous
