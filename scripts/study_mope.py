@@ -1,11 +1,11 @@
-"""What each choice in MoPE is worth: recall@1 of clip-digits after removing a quarter and a half of its heads and neurons.
+"""What each choice in MoPE is worth: recall@1 of clip-digits without a quarter and a half of its heads and neurons.
 
     python scripts/study_mope.py --out results.jsonl [--seeds 0 1 2 3 4] [--only NAME ...]
     python scripts/study_mope.py --out results.jsonl --table
 
 Each seed draws its own calibration scenes. Every result is one line of JSON, written as soon as it is known; what is
-there already is not run again, so the study can be stopped, resumed and run in parts. Choices are made on the validation
-split; the test split is for the table. Nothing is trained, except under --distill.
+there already is not run again, so the study can be stopped, resumed and run in parts. Choices are made on the
+validation split; the test split is for the table. Nothing is trained, except under --distill.
 """
 
 from __future__ import annotations
@@ -72,11 +72,28 @@ def variants() -> dict[str, tuple[type, dict]]:
     return named | both
 
 
+def remember(method, seen: dict) -> None:
+    """Rank the same modules of the same half-pruned model once, whichever variant and keep ratio asks."""
+    own = {"keep_heads", "keep_neurons", "keep_layers", "scope", "compete", "across_towers", "steps", "towers"}
+    fields = {key: value for key, value in method.describe().items() if key not in own}
+    rank = method.importance
+
+    def importance(task):
+        key = json.dumps([fields, task.towers, task.kinds, task.plan.units("head"), task.plan.units("neurons")])
+        if not getattr(method, "exact", True):  # early stopping depends on where the cut is
+            return rank(task)
+        if key not in seen:
+            seen[key] = rank(task)
+        return seen[key]
+
+    method.importance = importance
+
+
 def recall(model, data) -> float:
     return vp.evaluate(model, data, "recall@1", batch_size=100)["recall@1"]
 
 
-def run(name: str, seed: int, model, splits: dict) -> list[dict]:
+def run(name: str, seed: int, model, splits: dict, seen: dict) -> list[dict]:
     """One variant at each keep ratio: masked, so that the same model serves all."""
     method_class, fields = variants()[name]
     calibration = load_data("digits", split="calibration", model=model, limit=SAMPLES, seed=seed)
@@ -86,13 +103,18 @@ def run(name: str, seed: int, model, splits: dict) -> list[dict]:
         own = {**fields, "keep_heads": keep, "keep_neurons": keep, "steps": max(1, round(steps * (1 - keep) / 0.5))}
         if method_class is vp.Random:
             own["seed"] = seed
+        if method_class is vp.MoPE:
+            own["stacked_rows"] = 128
         start = time.perf_counter()
         method = method_class(**own)
+        remember(method, seen)
         plan = method.plan(model, calibration)
         seconds = time.perf_counter() - start
         with vp.masked(model, plan):
             scores = {split: recall(model, data) for split, data in splits.items()}
-        rows.append({"variant": name, "seed": seed, "keep": keep, **scores, "seconds": round(seconds, 1)})
+        rows.append(
+            {"variant": name, "seed": seed, "keep": keep, **scores, "seconds": round(seconds, 1)}
+        )  # less what was remembered
     return rows
 
 
@@ -129,7 +151,7 @@ def table(rows: list[dict]) -> str:
             for split in ("validation", "test"):
                 values = [row[split] for row in rows if row["variant"] == name and row["keep"] == keep]
                 spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "–")
+                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
         lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -154,15 +176,16 @@ def main() -> None:
                 json.dumps({"variant": "dense", "seed": 0, "keep": keep, **dense, "seconds": 0}) + "\n" for keep in KEEP
             )
         )
-    for name in arguments.only or variants():
-        for seed in arguments.seeds:
+    for seed in arguments.seeds:
+        seen: dict = {}
+        for name in arguments.only or variants():
             label = f"{name} + distillation" if arguments.distill else name
             if any(row["variant"] == label and row["seed"] == seed for row in read(arguments.out)):
                 continue
             rows = (
                 distilled(name, seed, model, splits, arguments.distill)
                 if arguments.distill
-                else run(name, seed, model, splits)
+                else run(name, seed, model, splits, seen)
             )
             with arguments.out.open("a") as file:
                 for row in rows:

@@ -76,7 +76,7 @@ def test_a_pruned_model_gets_closer_to_the_dense_one():
     calls = []
     vp.distill(student, teacher, data, steps=30, batch_size=16, learning_rate=3e-3, progress=lambda *c: calls.append(c))
     assert distance() < 0.5 * before
-    assert all(torch.equal(a, b) for a, b in zip(untouched, teacher.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(untouched, teacher.parameters(), strict=True))
     assert not student.training
     assert calls[-1][:2] == (30, 30)
     assert all(not m._forward_hooks for m in describe(student).tower("vision").container)
@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_student():
     students = [copy.deepcopy(teacher) for _ in range(2)]
     for student in students:
         vp.distill(student, teacher, data, steps=3, batch_size=4, learning_rate=1e-3, seed=5)
-    assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters(), strict=True))
 
 
 def test_bad_input():

@@ -172,7 +172,7 @@ def test_data_that_does_not_fit():
     data = tiny.retrieval_data("llava", model, 3)
     blank = data.texts["labels"].clone()
     blank[1] = -100
-    with pytest.raises(ValueError, match="sample 1 of .* no labelled position"):
+    with pytest.raises(ValueError, match=r"sample 1 of .* no labelled position"):
         vp.evaluate(model, replace(data, texts={**data.texts, "labels": blank}))
     clip = tiny.build("clip")
     no_classes = replace(tiny.retrieval_data("clip", clip, 3), classes=None)

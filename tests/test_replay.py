@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-
 from models import tiny
+
 from vlprune_ext import zoo
 from vlprune_ext.anatomy import describe
 from vlprune_ext.data import load_data
@@ -66,7 +66,7 @@ def collect(replay, interventions):
         if positions is None:
             dense = out
         else:
-            for i, rows in zip(positions, out):
+            for i, rows in zip(positions, out, strict=True):
                 outputs[i] = rows
     return outputs, dense
 
@@ -95,7 +95,7 @@ def test_equals_naive(name, stacked_rows, device):
         plain = torch.cat([objective.outputs(anatomy, tower, batch) for batch in batches])
         torch.testing.assert_close(dense, plain, rtol=0, atol=1e-5)
         changed = 0
-        for intervention, out in zip(interventions, outputs):
+        for intervention, out in zip(interventions, outputs, strict=True):
             expected = naive(anatomy, objective, tower, intervention, batches)
             torch.testing.assert_close(out, expected, rtol=0, atol=1e-5, msg=lambda m, i=intervention: f"{i}: {m}")
             changed += (expected - plain).abs().max().item() > 1e-3
@@ -174,7 +174,7 @@ def test_on_a_masked_model(name, device):
         with masked(anatomy.model, plan):
             replay = engine(anatomy, objective, tower, batches, skip_layers=(2,))
             outputs, _ = collect(replay, interventions)
-            for intervention, out in zip(interventions, outputs):
+            for intervention, out in zip(interventions, outputs, strict=True):
                 expected = naive(anatomy, objective, tower, intervention, batches)
                 torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
         runs = sum(
@@ -196,7 +196,7 @@ def test_clip_digits(device):
         other = objective.other(anatomy, tower, data, 24)
         outputs, _ = collect(engine(anatomy, objective, tower, batches), interventions)
         values = []
-        for intervention, out in zip(interventions, outputs):
+        for intervention, out in zip(interventions, outputs, strict=True):
             expected = naive(anatomy, objective, tower, intervention, batches)
             torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
             values.append([objective.values(anatomy, tower, o, other, data).mean().item() for o in (out, expected)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_errors_are_those_of_paired_differences(clip):
     assert (scores.count == data.n_images).all()
     pairs = scores.indistinguishable()
     order = scores.ranking()
-    for a, b in zip(order, order[1:]):
+    for a, b in pairwise(order):
         difference = (scores.samples[b] - scores.samples[a]).double()
         z = difference.mean().abs() / (difference.std(correction=1) / math.sqrt(len(difference)))
         assert ((a, b) in pairs) == (z.item() <= 1.96)

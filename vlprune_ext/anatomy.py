@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 
-import torch
 from torch import Tensor, nn
 
 KINDS = ("head", "cross_head", "neurons", "layer")
@@ -74,9 +73,7 @@ def _bert_attention(kind: str, root: str) -> SitePaths:
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_CLIP = _pre_norm(
-    "self_attn", _QKV, "out_proj", ("layer_norm1", "layer_norm2"), ("fc1",), "fc2", counts=("num_heads",)
-)
+_CLIP = _pre_norm("self_attn", _QKV, "out_proj", ("layer_norm1", "layer_norm2"), ("fc1",), "fc2", counts=("num_heads",))
 _BLIP = _pre_norm(
     "self_attn",
     ("qkv",),
@@ -335,12 +332,8 @@ FAMILIES: dict[str, Family] = {
     "CLIPModel": Family(
         {"vision": _vision("vision_model.", pool="first"), "text": _text("text_model.", pool="eot")}, _DUAL_EMBED
     ),
-    "CLIPVisionModel": Family(
-        {"vision": _vision("", "vision_model.", config="", pool="first")}, {"vision": _pooled}
-    ),
-    "SiglipModel": Family(
-        {"vision": _vision("vision_model."), "text": _text("text_model.", pool="last")}, _DUAL_EMBED
-    ),
+    "CLIPVisionModel": Family({"vision": _vision("", "vision_model.", config="", pool="first")}, {"vision": _pooled}),
+    "SiglipModel": Family({"vision": _vision("vision_model."), "text": _text("text_model.", pool="last")}, _DUAL_EMBED),
     "SiglipVisionModel": Family({"vision": _vision("", "vision_model.", config="")}, {"vision": _pooled}),
     "BlipForImageTextRetrieval": Family(
         {"vision": _vision("vision_model.", pool="first"), "text": _text("text_encoder.", pool="first")},
@@ -373,9 +366,7 @@ FAMILIES: dict[str, Family] = {
         head="lm_head",
     ),
     "ViTModel": Family({"vision": _vision("", config="")}, {"vision": _pooled}),
-    "ViTForImageClassification": Family(
-        {"vision": _vision("vit.", config="", pool="first")}
-    ),
+    "ViTForImageClassification": Family({"vision": _vision("vit.", config="", pool="first")}),
     "LlamaForCausalLM": Family(_LLAMA_TOWER, head="lm_head"),
     "LlamaModel": Family(_LLAMA_TOWER),
 }

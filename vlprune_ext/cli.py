@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # ClickException, wherever this typer keeps it.
 _CLICK_ERROR: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 
 class UsageError(Exception):
     """Arguments that cannot be meant: exit code 2."""
@@ -54,7 +56,7 @@ class _Commands(TyperGroup):
         except UsageError as error:
             code = _fail(str(error), 2, debug)
         except (KeyboardInterrupt, typer.Abort):
-            code = _fail("interrupted", 1)
+            code = _INTERRUPTED
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # head closed the pipe: nothing left to say
             code = 0
@@ -62,6 +64,8 @@ class _Commands(TyperGroup):
             code = _fail(_message(error), 1, debug)
         except Exception as error:
             code = _fail(f"{type(error).__name__}: {_message(error)} (--debug shows where)", 1, debug)
+        if code == _INTERRUPTED:
+            code = _fail("interrupted", 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 

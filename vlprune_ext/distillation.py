@@ -66,7 +66,12 @@ def _embed(anatomy: Anatomy, inputs: dict[str, dict[str, Tensor]]) -> _Embedded:
 
 
 def distillation_loss(
-    student: _Embedded, teacher: _Embedded, scale: Tensor, teacher_scale: Tensor, kept: dict[str, list[int]], weights: Weights
+    student: _Embedded,
+    teacher: _Embedded,
+    scale: Tensor,
+    teacher_scale: Tensor,
+    kept: dict[str, list[int]],
+    weights: Weights,
 ) -> Tensor:
     """``L_itc + a L_sim + b L_feat + c L_hidn`` of one batch of pairs.
 
@@ -82,13 +87,23 @@ def distillation_loss(
     sim = (F.cross_entropy(logits, wanted.softmax(1)) + F.cross_entropy(logits.T, wanted.T.softmax(1))) / 2
     feat = sum(F.mse_loss(student.embeddings[t], teacher.embeddings[t]) for t in TOWERS) / 2
     hidden = sum(
-        F.mse_loss(own, teacher.hidden[t][layer]) for t in TOWERS for layer, own in zip(kept[t], student.hidden[t])
+        F.mse_loss(own, teacher.hidden[t][layer])
+        for t in TOWERS
+        for layer, own in zip(kept[t], student.hidden[t], strict=True)
     )
     return itc + weights.sim * sim + weights.feat * feat + weights.hidden * hidden / 2
 
 
 class _DistillTrainer(Trainer):
-    def __init__(self, *args, towers, teacher: nn.Module, kept: dict[str, list[int]], weights: Weights, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        towers: dict[str, set[str]],
+        teacher: nn.Module,
+        kept: dict[str, list[int]],
+        weights: Weights,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.teacher, self.kept, self.weights = describe(teacher), kept, weights
         self.student = describe(self.model)

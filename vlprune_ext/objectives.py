@@ -115,9 +115,7 @@ class _DualEncoder(Objective):
             raise ValueError(f"data: {data.name} has no images, objective {self.name!r} needs them")
         trim = anatomy.tower(tower).trim
         device = _device(anatomy)
-        return [
-            trim({name: value.to(device) for name, value in batch.items()}) for batch in _rows(inputs, batch_size)
-        ]
+        return [trim({name: value.to(device) for name, value in batch.items()}) for batch in _rows(inputs, batch_size)]
 
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
         """[B, E]: the normalised embedding of each row."""
@@ -306,7 +304,7 @@ class LMLoss(Objective):
         rows = max(1, _LOGIT_BYTES // (4 * _vocabulary(anatomy)))
         losses = [
             F.cross_entropy(head(part).float(), wanted, reduction="none")
-            for part, wanted in zip(states.split(rows), target.split(rows))
+            for part, wanted in zip(states.split(rows), target.split(rows), strict=True)
         ]
         total = hidden.new_zeros(len(labels), dtype=torch.float32).index_add(0, sample, torch.cat(losses))
         return -total / torch.bincount(sample, minlength=len(labels))

@@ -166,7 +166,8 @@ def plan_cost(
             "stream_bytes": rows * stream,
             "seconds": rows * runs * steps * seconds / depth,
         }
-    totals = {key: sum(t[key] for t in result.values()) for key in ("modules", "block_runs", "naive_block_runs", "flops", "seconds")}
+    summed = ("modules", "block_runs", "naive_block_runs", "flops", "seconds")
+    totals = {key: sum(t[key] for t in result.values()) for key in summed}
     return {"towers": result, **totals, "stream_bytes": max(t["stream_bytes"] for t in result.values())}
 
 

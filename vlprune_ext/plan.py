@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,8 @@ class Module(NamedTuple):
     index: int = 0  # head or group; 0 for a layer
 
     def __str__(self) -> str:
-        return f"{self.tower}.{self.layer}" if self.kind == "layer" else f"{self.tower}.{self.layer}.{self.kind}{self.index}"
+        layer = f"{self.tower}.{self.layer}"
+        return layer if self.kind == "layer" else f"{layer}.{self.kind}{self.index}"
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -87,7 +89,7 @@ class Scores:
         return len(self.modules)
 
     def __iter__(self) -> Iterator[tuple[Module, float]]:
-        return zip(self.modules, self.value.tolist())
+        return zip(self.modules, self.value.tolist(), strict=True)
 
     def get(self, tower: str, kind: str, layer: int, index: int = 0) -> float:
         """The drop of the objective without one module. Raises KeyError naming it if it was not scored."""
@@ -119,7 +121,7 @@ class Scores:
             raise ValueError("scores: the per-sample differences are not kept in files; score again to compare pairs")
         order = self.ranking() if order is None else order
         pairs = []
-        for a, b in zip(order, order[1:]):
+        for a, b in pairwise(order):
             difference = self.samples[b].double() - self.samples[a].double()
             difference = difference[~difference.isnan()]
             n = difference.numel()
@@ -128,13 +130,12 @@ class Scores:
                 pairs.append((a, b))
         return pairs
 
+    def _rows(self) -> Iterator[dict]:
+        for i, module in enumerate(self.modules):
+            numbers = {name: getattr(self, name)[i].item() for name in ("value", "error", "count", "cost")}
+            yield {**module._asdict(), **numbers}
+
     def to_json(self) -> str:
-        rows = [
-            {**m._asdict(), "value": v, "error": e, "count": c, "cost": p}
-            for m, v, e, c, p in zip(
-                self.modules, self.value.tolist(), self.error.tolist(), self.count.tolist(), self.cost.tolist()
-            )
-        ]
         head = {
             "kind": "scores",
             "format": FORMAT,
@@ -144,19 +145,14 @@ class Scores:
             "data": self.data,
             "neurons": self.neurons,
         }
-        body = ",\n  ".join(json.dumps(row) for row in rows)
+        body = ",\n  ".join(json.dumps(row) for row in self._rows())
         return json.dumps(head, indent=1)[:-2] + f',\n "modules": [\n  {body}\n ]\n}}\n'
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON, or CSV when the name ends in .csv."""
         if str(path).endswith(".csv"):
             lines = ["tower,kind,layer,index,value,error,count,cost"]
-            lines += [
-                ",".join(map(str, (*m, v, e, c, int(p))))
-                for m, v, e, c, p in zip(
-                    self.modules, self.value.tolist(), self.error.tolist(), self.count.tolist(), self.cost.tolist()
-                )
-            ]
+            lines += [",".join(map(str, row.values())) for row in self._rows()]
             write_text(path, "\n".join(lines) + "\n")
         else:
             write_text(path, self.to_json())
@@ -268,7 +264,10 @@ class Plan:
                     items = (
                         [json.dumps(row) for row in of_tower]
                         if key == "shape"
-                        else [f"{json.dumps(str(layer))}: {json.dumps(units)}" for layer, units in sorted(of_tower.items())]
+                        else [
+                            f"{json.dumps(str(layer))}: {json.dumps(units)}"
+                            for layer, units in sorted(of_tower.items())
+                        ]
                     )
                     left, right = "[]" if key == "shape" else "{}"
                     towers.append(f"  {json.dumps(tower)}: {left}\n   " + ",\n   ".join(items) + f"\n  {right}")
@@ -313,7 +312,7 @@ def _first_difference(planned: dict, actual: dict) -> str:
     for tower in planned:
         if len(planned[tower]) != len(actual[tower]):
             return f"its tower {tower!r} has {len(planned[tower])} blocks, the model's has {len(actual[tower])}"
-        for layer, (a, b) in enumerate(zip(planned[tower], actual[tower])):
+        for layer, (a, b) in enumerate(zip(planned[tower], actual[tower], strict=True)):
             if a != b:
                 return f"its block {tower}.{layer} has {a}, the model's has {b}"
     return "the same shape"

@@ -1,4 +1,4 @@
-"""The engine: what a model's objective becomes under each of many interventions, without running the model for each.
+"""The engine: what a model's objective becomes under each of many interventions, in few runs.
 
 A tower's blocks are walked from first to last. At block l only the residual stream entering l is held. One pass of block
 l serves all its interventions: what they share is computed once, `ops.leave_one_out` makes every variant of the output
@@ -14,6 +14,7 @@ block runs (l from 0), against N * L * (1 + sum_l (V_l + D_l)) for one whole run
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class _Batch:
     before: dict[nn.Module, object] = field(default_factory=dict)
     beside: dict[nn.Module, object] = field(default_factory=dict)
     pooled: Tensor | int | None = None
-    tapped: dict[int, Tensor] = field(default_factory=dict)  # block -> its output, where more than the next block reads it
+    tapped: dict[int, Tensor] = field(default_factory=dict)  # block -> its output, where not only the next reads it
 
     @property
     def size(self) -> int:
@@ -162,7 +163,7 @@ class Replay:
                     shared, output = self._advance(layer, batch, {interventions[i].kind for i in ids}, layer < last)
                     dense.append(output)
                     for chunk, out in self._variants(layer, batch, shared, ids, interventions):
-                        for i, rows in zip(chunk, out):
+                        for i, rows in zip(chunk, out, strict=True):
                             results[i].append(rows)
                             done += self._runs(layer, interventions[i]) * batch.size // self.n_rows
                         if self.progress:
@@ -215,7 +216,7 @@ class Replay:
                 patches.forward(block.module, lambda hidden_states, *_, **__: hidden_states)
 
     def _advance(self, layer: int, batch: _Batch, kinds: set[str], stop: bool) -> tuple[_Shared, Tensor | None]:
-        """Run block ``layer`` on the stream as it is, keeping what its variants share; then stop, or finish the model."""
+        """Run block ``layer`` on the stream as it is, keeping what variants share; then stop, or finish the model."""
         block = self.tower.blocks[layer]
         shared = _Shared(stream=batch.stream)
         first = batch.stream is None
@@ -238,10 +239,8 @@ class Replay:
 
             patches.hook(block.module, leave, with_kwargs=True)
             output = None
-            try:
+            with contextlib.suppress(_Stop):
                 output = self.run_model(self.model, batch.inputs)
-            except _Stop:
-                pass
         self._count(layer, batch.size, layer + 1 if stop else None)
         return shared, output
 
@@ -410,13 +409,11 @@ def leave_units_out(x: Tensor, site: Site, base: Tensor, drops: Sequence[tuple[i
     Returns [V, N, D].
     """
     weight, width = site.out.weight, site.width
-    sizes = {len(drop) for drop in drops}
-    if len(sizes) == 1:
-        size = sizes.pop()
-        # Aligned runs of units, such as single heads or consecutive groups of neurons, are read in place.
-        if all(drop[0] % size == 0 and drop == tuple(range(drop[0], drop[0] + size)) for drop in drops):
-            if site.units % size == 0:
-                return leave_one_out(x, weight, base, size * width, groups=[drop[0] // size for drop in drops])
+    size = len(drops[0])
+    # Aligned runs of units, such as single heads or consecutive groups of neurons, are read in place.
+    runs = [tuple(range(drop[0], drop[0] + size)) for drop in drops]
+    if list(drops) == runs and site.units % size == 0 and all(drop[0] % size == 0 for drop in drops):
+        return leave_one_out(x, weight, base, size * width, groups=[drop[0] // size for drop in drops])
     longest = max(len(drop) for drop in drops)
     columns = torch.zeros(len(drops), longest, width, dtype=torch.long)
     valid = torch.zeros(len(drops), longest, width, dtype=torch.bool)

@@ -81,11 +81,12 @@ def rewired_order(
             return hook
 
         with Patches() as patches, evaluation_mode(anatomy.model):
-            for site, total in zip(sites, energy):
+            for site, total in zip(sites, energy, strict=True):
                 patches.pre_hook(site.out, add_to(total))
             for inputs in objective.batches(anatomy, tower, data, batch_size):
                 objective.outputs(anatomy, tower, inputs)
-        importance = [total.sqrt() * site.out.weight.double().norm(dim=0) for site, total in zip(sites, energy)]
+        norms = [site.out.weight.double().norm(dim=0) for site in sites]
+        importance = [norm * total.sqrt() for norm, total in zip(norms, energy, strict=True)]
         order[tower] = [torch.sort(i, descending=True, stable=True).indices.cpu() for i in importance]
     return order
 
@@ -245,7 +246,7 @@ class _Judge:
                 if ids is None:
                     dense = value(outputs)
                 else:
-                    for i, rows in zip(ids, outputs):
+                    for i, rows in zip(ids, outputs, strict=True):
                         drops[positions[i]] = value(rows)
             _check_finite(dense, data)
             dense_value = dense.double().mean().item()
@@ -282,7 +283,7 @@ class _Judge:
                         before = dense_outputs.get(tower)
                         dense_outputs[tower] = outputs if before is None else torch.cat([before, outputs])
                     else:
-                        for i, rows in zip(ids, outputs):
+                        for i, rows in zip(ids, outputs, strict=True):
                             before = kept_outputs.get(racing[i])
                             kept_outputs[racing[i]] = rows if before is None else torch.cat([before, rows])
                 dense = self.objective.values(self.anatomy, tower, dense_outputs[tower], other, seen).float().cpu()
@@ -310,7 +311,7 @@ class _Judge:
                 order = torch.sort(importance, stable=True).indices
                 cut = (importance[order[left - 1]] + importance[order[left]]) / 2
                 clear = (importance - cut).abs() > confidence * error[open_] / cost
-                for i, is_clear, below in zip(open_, clear.tolist(), (importance < cut).tolist()):
+                for i, is_clear, below in zip(open_, clear.tolist(), (importance < cut).tolist(), strict=True):
                     if is_clear:
                         undecided.discard(i)
                         kept_outputs.pop(i, None)
