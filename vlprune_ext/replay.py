@@ -1,9 +1,9 @@
 """The engine: what a model's objective becomes under each of many interventions, in few runs.
 
-A tower's blocks are walked from first to last. At block l only the residual stream entering l is held. One pass of block
-l serves all its interventions: what they share is computed once, `ops.leave_one_out` makes every variant of the output
-projection from it, and the variants, stacked on the batch axis, run through the rest of the model. Blocks before l and
-modules that cannot change are bypassed by patching their forward; everything after is the model's own code.
+A tower's blocks are walked from first to last. At block l only the residual stream entering l is held. One pass of
+block l serves all its interventions: what they share is computed once, `ops.leave_one_out` makes every variant of the
+output projection from it, and the variants, stacked on the batch axis, run through the rest of the model. Blocks before
+l and modules that cannot change are bypassed by patching their forward; everything after is the model's own code.
 
 For N rows, L blocks and V_l interventions on heads and neurons, D_l on whole blocks, that is
 
