@@ -1,0 +1,474 @@
+"""The command line: what it prints, what it writes, and how it refuses. Runs on a tiny CLIP that nobody trained."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import vlprune_ext as vp
+from vlprune_ext import cli, demo
+from vlprune_ext.anatomy import FAMILIES
+from vlprune_ext.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("demo", "score", "prune", "evaluate", "plan-cost", "bench", "info", "report")
+SMALL = ("--limit", "8", "--neurons-per-group", "32")
+FEW = ("--limit", "8", "--test-limit", "8")
+
+
+@pytest.fixture(autouse=True)
+def _noise():
+    """The commands silence transformers; other tests may want to hear it."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A CLIP of two and two layers, two heads and 64 neurons each, with the processor of clip-digits."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    processor = transformers.AutoProcessor.from_pretrained(vp.zoo.path("clip-digits"))
+    tokenizer = processor.tokenizer
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = transformers.CLIPConfig(
+        vision_config={**size, "image_size": 48, "patch_size": 16},
+        text_config={
+            **size,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 32,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run(*args: object, code: int = 0):
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    assert result.exit_code == code, f"exit code {result.exit_code}: {result.stdout}{result.stderr}"
+    return result
+
+
+def refused(*args: object, code: int) -> str:
+    """The one line of an error; nothing may be on stdout."""
+    result = run(*args, code=code)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+# ---- what it prints and writes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    text = run(command, "--help").stdout
+    assert "Example" in text
+    assert f"vlprune {command}" in text
+    assert "--json" in text
+    assert "--debug" in text
+
+
+def test_bare_command_shows_the_commands():
+    text = run().stdout
+    assert all(command in text for command in COMMANDS)
+    assert vp.__version__ in run("--version").stdout
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys; from vlprune_ext import cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_info():
+    content = json.loads(run("info", "--json").stdout)
+    assert content["torch"] == torch.__version__
+    assert content["isa"] in content["available_isas"]
+    assert "clip-digits" in content["zoo"]
+    assert content["isa"] in run("info").stdout
+
+
+def test_score(tiny, tmp_path):
+    out = tmp_path / "scores.csv"
+    text = run("score", tiny, *SMALL, "--modules", "head,neurons,layer", "--out", out, "--top", 3).stdout
+    assert "20 modules, 8 images; contrastive is " in text
+    assert text.count("vision.") + text.count("text.") == 6
+    assert "neighbouring heads" in text.replace("\n", " ")
+    assert len(vp.Scores.load(out)) == 20
+
+
+def test_score_json_is_all_there_is_on_stdout(tiny, tmp_path):
+    out = tmp_path / "scores.json"
+    result = run("score", tiny, *SMALL, "--towers", "text", "--objective", "margin", "--json", "--out", out)
+    content = json.loads(result.stdout)
+    assert content["objective"] == "margin"
+    assert {(m["tower"], m["kind"]) for m in content["modules"]} == {("text", "head"), ("text", "neurons")}
+    assert len(vp.Scores.load(out)) == len(content["modules"]) == 8
+    assert result.stderr == ""
+
+
+def test_prune_save_evaluate_and_report_again(tiny, tmp_path):
+    out, report, plan = tmp_path / "deep" / "pruned", tmp_path / "r.html", tmp_path / "plan.json"
+    result = run(
+        *("prune", tiny, *SMALL, "--steps", 2, "--test-limit", 20, "--distill-steps", 1, "--set", "exact=false"),
+        *("--out", out, "--report", report, "--save-plan", plan, "--json"),
+    )
+    content = json.loads(result.stdout)
+    assert content["method"]["name"] == "mope"
+    assert content["method"]["exact"] is False
+    assert content["after"]["params"] < content["before"]["params"]
+    assert set(content["comparisons"]) == {"MoPE, before distillation"}
+    assert content["plan"] == json.loads(plan.read_text())
+
+    again = json.loads(run("evaluate", out, "--limit", 20, "--json").stdout)
+    same = ("recall@1", "recall@10", "params", "flops")
+    assert {key: again[key] for key in same} == {key: content["after"][key] for key in same}
+
+    page = report.read_text(encoding="utf-8")
+    assert "MoPE, distilled" in page
+    second = tmp_path / "second.html"
+    assert str(second) in run("report", out, "--out", second, "--title", f"{tiny.name}, pruned").stdout.replace(
+        "\n", ""
+    )
+    text = second.read_text(encoding="utf-8")
+    assert "MoPE, before distillation" in text
+    assert text.count("<svg") == page.count("<svg")
+
+    third = json.loads(run("prune", tiny, "--plan", plan, "--limit", 8, "--test-limit", 20, "--json").stdout)
+    assert third["after"]["params"] == content["after"]["params"]
+    assert third["plan"] == content["plan"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prune_prints_a_table(tiny, method):
+    text = run("prune", tiny, "--method", method, *SMALL, "--steps", 1, "--test-limit", 20, "--keep-heads", 1).stdout
+    assert "dense" in text
+    assert METHODS[method].__name__ in text
+    assert "removed 128 of 256 neurons" in text
+
+
+def test_prune_with_the_same_seed_is_the_same(tiny):
+    plans = [
+        json.loads(run("prune", tiny, "--method", "random", *FEW, "--seed", seed, "--json").stdout)["plan"]
+        for seed in (3, 3, 4)
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0]["neurons"] != plans[2]["neurons"] or plans[0]["heads"] != plans[2]["heads"]
+
+
+def test_plan_cost_counts_block_runs(tiny):
+    cost = json.loads(run("plan-cost", tiny, *SMALL, "--json").stdout)
+    # Two blocks with two heads and two groups each: 2 + 4 * 2 + 4 * 1 block runs a row, and 8 rows.
+    assert {tower: row["block_runs"] for tower, row in cost["towers"].items()} == {"vision": 112, "text": 112}
+    assert "112" in run("plan-cost", tiny, *SMALL).stdout
+
+
+def test_evaluate_zero_shot(tiny):
+    text = run("evaluate", tiny, "--data", "digits-classes", "--limit", 10, "--objective", "zero_shot").stdout
+    assert "zero shot accuracy" in text
+    assert "parameters" in text
+
+
+def test_own_data(tiny, tmp_path):
+    from PIL import Image
+
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (60, 50), (200, 30, 30)).save(tmp_path / f"{name}.png")
+    lines = [{"image": f"{name}.png", "text": [f"a red {i} top left", "a 3"]} for i, name in enumerate("abc")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    content = json.loads(run("evaluate", tiny, "--data", path, "--json").stdout)
+    assert content["data"]["images"] == 3
+    assert content["data"]["name"] == "pairs.jsonl"
+
+
+def test_demo_saves_reloads_and_reports(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "MODEL", str(tiny))
+    for name, value in (("CALIBRATION", 8), ("TEST", 20), ("TRAIN", 16), ("DISTILL_STEPS", 1)):
+        monkeypatch.setattr(demo, name, value)
+    out, report = tmp_path / "pruned" / "x", tmp_path / "report.html"
+    result = run("demo", "--out", out, "--report", report, "--json")
+    content = json.loads(result.stdout)
+    assert set(content["comparisons"]) == {"Random", "Magnitude", "MoPE, distilled"}
+    assert "recall@1 is the same" in result.stderr.replace("\n", " ")
+    assert vp.load_pruned(out).num_parameters() == content["after"]["params"]
+    assert "Magnitude" in report.read_text(encoding="utf-8")
+
+
+# ---- how it refuses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+        (["score"], "MODEL"),
+        (["score", "MODEL", "--limit", "0"], "--limit"),
+        (["score", "MODEL", "--limit", "many"], "--limit"),
+        (["score", "MODEL", "--objective", "nonsense"], "expected one of retrieval"),
+        (["score", "MODEL", "--modules", "head,feet"], "'feet', expected some of head"),
+        (["score", "MODEL", "--modules", ","], "none given"),
+        (["score", "MODEL", "--dtype", "float8"], "expected one of float32"),
+        (["score", "MODEL", "--out", "FILE/x.json"], "not a folder that can be written to"),
+        (["score", "MODEL", "--out", "FOLDER"], "a folder, expected the name of a file"),
+        (["evaluate", "MODEL", "--objective", "nonsense"], "expected one of retrieval"),
+        (["plan-cost", "MODEL", "--modules", "feet"], "'feet'"),
+        (["prune", "MODEL", "--method", "nonsense"], "expected one of mope"),
+        (["prune", "MODEL", "--keep-heads", "1.5"], "keep_heads: 1.5, expected a share in (0, 1]"),
+        (["prune", "MODEL", "--keep-neurons", "0"], "keep_neurons: 0.0"),
+        (["prune", "MODEL", "--keep-layers", "-1"], "keep_layers: -1.0"),
+        (["prune", "MODEL", "--steps", "0"], "steps: 0"),
+        (["prune", "MODEL", "--scope", "nonsense"], "scope: 'nonsense'"),
+        (["prune", "MODEL", "--stage", "nonsense"], "stage: 'nonsense'"),
+        (["prune", "MODEL", "--mode", "nonsense"], "expected one of"),
+        (["prune", "MODEL", "--objective", "nonsense"], "expected one of retrieval"),
+        (["prune", "MODEL", "--set", "nonsense=1"], "a field of mope"),
+        (["prune", "MODEL", "--set", "exact"], "expected FIELD=VALUE"),
+        (["prune", "MODEL", "--out", "FILE"], "a file, expected a folder"),
+        (["prune", "MODEL", "--out", "FILE/below"], "not a folder that can be written to"),
+        (["prune", "MODEL", "--report", "absent/r.html"], "not a folder that can be written to"),
+        (["demo", "--keep", "2"], "--keep: 2.0"),
+        (["demo", "--out", "FILE"], "a file, expected a folder"),
+        (["report", "absent"], "no such folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage(args, message, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("something")
+    (tmp_path / "FOLDER").mkdir()
+    error = refused(*[str(tiny) if arg == "MODEL" else arg for arg in args], code=2)
+    assert message in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "FOLDER"]
+
+
+def _broken(tiny: Path, folder: Path, what: str) -> Path:
+    if what == "absent":
+        return folder / "absent"
+    if what == "file":
+        (folder / "file").write_text("")
+        return folder / "file"
+    path = folder / "model"
+    shutil.copytree(tiny, path)
+    config = json.loads((path / "config.json").read_text())
+    weights = path / "model.safetensors"
+    if what == "empty":
+        shutil.rmtree(path)
+        path.mkdir()
+    elif what == "config":
+        (path / "config.json").write_text("{")
+    elif what == "type":
+        (path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    elif what == "architecture":
+        (path / "config.json").write_text(json.dumps({**config, "architectures": ["os"]}))
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif what == "pickle":
+        weights.rename(path / "pytorch_model.bin")
+    elif what == "tensors":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        tensors.pop("text_projection.weight")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("absent", "no such model folder"),
+        ("file", "a file, expected a model folder"),
+        ("empty", "no config.json in it"),
+        ("config", "its config cannot be read"),
+        ("type", "a model of type 'bert' (BertModel) is not known; known are "),
+        ("architecture", "(os) is not known"),
+        ("truncated", "cannot be loaded"),
+        ("pickle", "cannot be loaded"),
+        ("tensors", "lack 1 tensors of a CLIPModel, among them text_projection.weight"),
+    ],
+)
+def test_broken_models(what, message, tiny, tmp_path):
+    path = _broken(tiny, tmp_path, what)
+    assert message in refused("evaluate", path, "--limit", 8, code=1)
+
+
+def test_unknown_zoo_name():
+    error = refused("score", "clip-letters", code=1)
+    assert "clip-letters: no such model folder, and the zoo has clip-digits" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"image": "a.png", "text": "x"}\n{"image": ', "line 2: not JSON"),
+        ('{"image": "a.png", "text": "x"}\n\n["a.png"]', "line 3: a list"),
+        ('{"image": "absent.png", "text": "x"}', "line 1: no image"),
+        ('{"image": "data.jsonl", "text": "x"}', "line 1: "),
+    ],
+)
+def test_bad_data(content, message, tiny, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    out = tmp_path / "out"
+    assert message in refused("prune", tiny, "--data", path, "--out", out, code=1)
+    assert not out.exists()
+
+
+def test_data_that_is_not_there(tiny, tmp_path):
+    assert "no file" in refused("score", tiny, "--data", tmp_path / "absent.jsonl", code=1)
+    assert "'nonsense'" in refused("score", tiny, "--split", "nonsense", code=1)
+
+
+def test_towers_and_objectives_that_do_not_fit_the_model(tiny):
+    assert "'ears', expected some of vision, text" in refused("score", tiny, *SMALL, "--towers", "ears", code=1)
+    assert "needs a model that predicts tokens" in refused("evaluate", tiny, "--objective", "lm_loss", code=1)
+
+
+def test_a_plan_for_another_model(tiny, tmp_path):
+    plan = tmp_path / "plan.json"
+    vp.Plan(shape={"vision": [{"head": 9}]}).save(plan)
+    out = tmp_path / "out"
+    assert "made for another model" in refused("prune", tiny, "--plan", plan, *FEW, "--out", out, code=1)
+    assert not out.exists()
+    plan.write_text("{")
+    assert "not JSON" in refused("prune", tiny, "--plan", plan, code=1)
+    assert "No such file" in refused("prune", tiny, "--plan", tmp_path / "absent.json", code=1)
+
+
+def test_a_folder_that_must_not_be_replaced(tiny, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    error = refused("prune", tiny, "--method", "magnitude", *FEW, "--out", tmp_path, code=1)
+    assert "not empty and not an earlier pruned model" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_report_of_a_folder_that_holds_none(tiny, tmp_path):
+    out = tmp_path / "r.html"
+    assert "no pruning.json" in refused("report", tiny, "--out", out, code=1)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tiny):
+    assert "torch sees no GPU" in refused("evaluate", tiny, "--device", "cuda", code=1)
+    assert "expected auto, cpu" in refused("evaluate", tiny, "--device", "toaster", code=1)
+
+
+def test_debug_shows_where(tmp_path):
+    result = run("report", tmp_path, "--debug", code=1)
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_unexpected_errors_and_interrupts_are_one_line_too(monkeypatch):
+    def fail(error):
+        def raise_it():
+            raise error
+
+        return raise_it
+
+    monkeypatch.setattr("vlprune_ext.report.environment", fail(ZeroDivisionError("a\nb")))
+    assert refused("info", code=1) == "error: ZeroDivisionError: a b (--debug shows where)\n"
+    monkeypatch.setattr("vlprune_ext.report.environment", fail(KeyboardInterrupt()))
+    assert refused("info", code=1) == "error: interrupted\n"
+
+
+# ---- benchmarks -----------------------------------------------------------------------------------------------------
+
+
+def test_bench_runs_the_benchmarks_of_the_source_tree(monkeypatch):
+    seen = []
+
+    def fake(command, **_):
+        seen.append(command)
+        folder = Path(command[command.index("--bench-out") + 1])
+        (folder / "results.md").write_text("| a table |\n")
+        (folder / "results.json").write_text('{"rows": []}\n')
+        return subprocess.CompletedProcess(command, len(seen) - 1 if len(seen) < 3 else 5)
+
+    monkeypatch.setattr(cli.subprocess, "run", fake)
+    assert run("bench").stdout == "| a table |\n"
+    assert seen[0][3] == str(ROOT / "benchmarks")
+    assert "pytest exit code 1" in refused("bench", code=1)
+    assert "no benchmark's name contains 'x'" in refused("bench", "--only", "x", code=2)
+
+
+def test_bench_without_a_source_tree(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "vlprune_ext" / "cli.py"))
+    assert "in the source tree" in refused("bench", code=1)
+
+
+# ---- what the README says -------------------------------------------------------------------------------------------
+
+
+def _readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_example_runs_as_shown(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", _readme(), flags=re.S)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert re.search(r"recall@1 [\d.]+ -> [\d.]+", capsys.readouterr().out)
+    assert (tmp_path / "pruned" / "pruning.json").is_file()
+
+
+def test_readme_names_every_method_model_and_command():
+    text = _readme()
+    assert set(re.findall(r"^\| `vp\.(\w+)` \|", text, flags=re.M)) == {m.__name__ for m in METHODS.values()}
+    table = text.split("## Models")[1].split("##")[0]
+    assert set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`[^|]*) \|", table, flags=re.M)))) == set(FAMILIES)
+    used = set(re.findall(r"^vlprune ([a-z-]+)", text, flags=re.M))
+    assert used <= set(COMMANDS)
+
+
+def test_readme_commands_parse():
+    """Every option that the README uses exists."""
+    shell = _readme().split("## From the shell")[1].split("```")[1].replace("\\\n", " ")
+    for line in shell.strip().splitlines():
+        command, *rest = line.split()[1:]
+        known = run(command, "--help").stdout
+        for option in re.findall(r"--[a-z-]+", " ".join(rest)):
+            assert option in known, f"{command} {option}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/mope.md", "docs/adding_an_op.md"])
+def test_links_of_the_docs_lead_somewhere(page):
+    path = ROOT / page
+    prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+def test_mope_page_names_every_field():
+    import dataclasses
+
+    text = (ROOT / "docs" / "mope.md").read_text(encoding="utf-8")
+    for method in METHODS.values():
+        for field in dataclasses.fields(method):
+            if field.init:
+                assert f"`{field.name}`" in text, f"{method.__name__}.{field.name}"
