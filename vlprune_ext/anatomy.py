@@ -7,10 +7,12 @@ heads of an attention, the neurons of an MLP. Nothing here runs a model or chang
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 KINDS = ("head", "cross_head", "neurons", "layer")
@@ -167,6 +169,10 @@ def _resolve(root: nn.Module, path: str) -> nn.Module:
     return attrgetter(path)(root) if path else root
 
 
+def _linear(root: nn.Module, path: str) -> nn.Linear:
+    return cast(nn.Linear, _resolve(root, path))
+
+
 def _has(root: nn.Module, path: str) -> bool:
     try:
         _resolve(root, path)
@@ -176,13 +182,13 @@ def _has(root: nn.Module, path: str) -> bool:
 
 
 def _bind_site(block: nn.Module, paths: SitePaths) -> Site:
-    out = _resolve(block, paths.out)
-    inputs = tuple(_resolve(block, path) for path in paths.inputs)
+    out = _linear(block, paths.out)
+    inputs = tuple(_linear(block, path) for path in paths.inputs)
     if paths.kind == "neurons":
         units = out.in_features
     else:
-        owner = _resolve(block, paths.owner)
-        head_dim = getattr(owner, "head_dim", None) or owner.attention_head_size
+        owner: Any = _resolve(block, paths.owner)
+        head_dim: int = getattr(owner, "head_dim", None) or owner.attention_head_size
         units = inputs[0].out_features // (3 * head_dim) if len(inputs) == 1 else inputs[1].out_features // head_dim
     return Site(
         kind=paths.kind,
@@ -232,8 +238,8 @@ class Tower:
     blocks: tuple[Block, ...]
     container: nn.ModuleList
     prefix: str  # parameter names in the container start with "<prefix>."
-    config: object  # the tower's own
-    root_config: object  # the model's
+    config: Any  # the tower's own
+    root_config: Any  # the model's
     before: tuple[nn.Module, ...]
     beside: tuple[nn.Module, ...]
     paths: TowerPaths
@@ -252,8 +258,11 @@ class Tower:
         if self.paths.pool == "last":
             return -1
         if self.paths.pool == "eot":
-            return _eot_position(inputs["input_ids"], self.config.eos_token_id)
+            return self._eot_row(inputs)
         return None
+
+    def _eot_row(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return _eot_position(inputs["input_ids"], self.config.eos_token_id)
 
     def taps(self) -> frozenset[int]:
         """Blocks whose output is read by more than the next block: the features that a language model sees."""
@@ -266,7 +275,7 @@ class Tower:
         """Drop the columns after the last end-of-text token of a batch: a causal tower never looks there."""
         if self.paths.pool != "eot":
             return inputs
-        length = int(self.pooled_row(inputs).max()) + 1
+        length = int(self._eot_row(inputs).max()) + 1
         return {name: value[:, :length] for name, value in inputs.items()}
 
 
@@ -284,8 +293,8 @@ class Family:
     """One entry of the table: what a family of models keeps where."""
 
     towers: dict[str, TowerPaths]
-    # dual encoders: (model, inputs) -> [B, E], before normalisation
-    embed: dict[str, Callable[[nn.Module, dict[str, Tensor]], Tensor]] | None = None
+    # tower -> (model, inputs) -> [B, E], before normalisation; both towers of a dual encoder have one
+    embed: dict[str, Callable[[nn.Module, dict[str, Tensor]], Tensor]] = field(default_factory=dict)
     head: str = ""  # the module that turns hidden states into logits; "" = the model has none
     needs_decoder_ids: bool = False  # labels enter as decoder_input_ids
 
@@ -377,6 +386,13 @@ def register(model_class: str, family: Family) -> None:
     FAMILIES[model_class] = family
 
 
+class TextConfig(Protocol):
+    """What is read off the config of a language model."""
+
+    vocab_size: int
+    pad_token_id: int
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """A model taken apart: its towers and its family's entry."""
@@ -391,6 +407,21 @@ class Anatomy:
     @property
     def head(self) -> nn.Module | None:
         return _resolve(self.model, self.family.head) if self.family.head else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def text_config(self) -> TextConfig:
+        config: Any = self.model.config
+        return config.get_text_config()
+
+    def embed(self, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+        """[B, E]: a tower's embeddings, before normalisation. Raises ValueError if it has none."""
+        if tower not in self.family.embed:
+            raise ValueError(f"tower: {type(self.model).__name__} has no embedding of tower {tower!r}")
+        return self.family.embed[tower](self.model, inputs)
 
     def tower(self, name: str) -> Tower:
         if name not in self.towers:
@@ -408,14 +439,15 @@ def _bind_tower(model: nn.Module, name: str, paths: TowerPaths) -> Tower:
     prefix = next((path for path in paths.blocks if _has(model, path)), None)
     if prefix is None:
         raise ValueError(f"{type(model).__name__}: no blocks of tower {name!r} at any of {', '.join(paths.blocks)}")
-    container = _resolve(model, prefix)
+    container = cast(nn.ModuleList, _resolve(model, prefix))
+    config: Any = model.config
     return Tower(
         name=name,
         blocks=tuple(bind_block(block) for block in container),
         container=container,
         prefix=prefix,
-        config=_resolve(model.config, paths.config),
-        root_config=model.config,
+        config=_resolve(config, paths.config),
+        root_config=config,
         before=tuple(_resolve(model, path) for path in paths.before if _has(model, path)),
         beside=tuple(_resolve(model, path) for path in paths.beside if _has(model, path)),
         paths=paths,

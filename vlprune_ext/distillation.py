@@ -61,7 +61,7 @@ def _embed(anatomy: Anatomy, inputs: dict[str, dict[str, Tensor]]) -> _Embedded:
             for block in anatomy.tower(tower).blocks:
                 patches.hook(block.module, lambda _, __, out, _t=tower: hidden[_t].append(out))
         for tower in TOWERS:
-            embeddings[tower] = F.normalize(anatomy.family.embed[tower](anatomy.model, inputs[tower]), dim=-1)
+            embeddings[tower] = F.normalize(anatomy.embed(tower, inputs[tower]), dim=-1)
     return _Embedded(embeddings, hidden)
 
 
@@ -97,16 +97,17 @@ def distillation_loss(
 class _DistillTrainer(Trainer):
     def __init__(
         self,
-        *args,
+        model: nn.Module,
+        *,
         towers: dict[str, set[str]],
         teacher: nn.Module,
         kept: dict[str, list[int]],
         weights: Weights,
         **kwargs,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(model, **kwargs)
         self.teacher, self.kept, self.weights = describe(teacher), kept, weights
-        self.student = describe(self.model)
+        self.student = describe(model)
         self.towers = towers
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -114,14 +115,14 @@ class _DistillTrainer(Trainer):
         student = _embed(self.student, by_tower)
         with torch.no_grad():
             teacher = _embed(self.teacher, by_tower)
-            teacher_scale = _scale(self.teacher.model)
-        loss = distillation_loss(student, teacher, _scale(self.student.model), teacher_scale, self.kept, self.weights)
+            teacher_scale = _scale(self.teacher)
+        loss = distillation_loss(student, teacher, _scale(self.student), teacher_scale, self.kept, self.weights)
         return (loss, None) if return_outputs else loss
 
 
-def _scale(model: nn.Module) -> Tensor:
-    scale = getattr(model, "logit_scale", None)
-    return torch.tensor(1 / 0.07, device=model.device) if scale is None else scale.exp()
+def _scale(anatomy: Anatomy) -> Tensor:
+    scale = getattr(anatomy.model, "logit_scale", None)
+    return torch.tensor(1 / 0.07, device=anatomy.device) if scale is None else scale.exp()
 
 
 def kept_layers(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
@@ -174,11 +175,12 @@ def distill(
     if steps < 1:
         raise ValueError(f"steps: {steps}, expected at least 1")
     for name, model in (("student", student), ("teacher", teacher)):
-        if set(describe(model).family.embed or ()) != set(TOWERS):
+        if set(describe(model).family.embed) != set(TOWERS):
             raise ValueError(f"{name}: {type(model).__name__} does not embed images and texts, distillation needs both")
     kept = kept_layers(student, teacher)
     modes = teacher.training
-    teacher.to(student.device).eval()
+    device = describe(student).device
+    teacher.to(device).eval()
     set_seed(seed)
     trainable = [(p, p.requires_grad) for p in student.parameters()]
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +210,7 @@ def distill(
                 report_to=[],
                 disable_tqdm=True,
                 remove_unused_columns=False,
-                use_cpu=student.device.type == "cpu",
+                use_cpu=device.type == "cpu",
             ),
         )
         trainer.train()

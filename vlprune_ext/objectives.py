@@ -7,7 +7,7 @@ that is worth (`values`). Replay runs `outputs` under many interventions at once
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .anatomy import Anatomy
-from .data import Data
+from .data import Classes, Data
 from .ops import retrieval_rank
 from .patch import Patches, evaluation_mode
 
@@ -73,10 +73,6 @@ class Objective(ABC):
 # --- dual encoders ---------------------------------------------------------------------------------------------------
 
 
-def _device(anatomy: Anatomy) -> torch.device:
-    return next(anatomy.model.parameters()).device
-
-
 def _positives(data: Data) -> Tensor:
     """[I, P] int64: the texts of every image, padded with -1."""
     owner = data.image_of_text
@@ -95,8 +91,7 @@ class _DualEncoder(Objective):
     sees_cross_attention = False
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
-        embed = anatomy.family.embed
-        if not embed or set(embed) != {"vision", "text"}:
+        if set(anatomy.family.embed) != {"vision", "text"}:
             raise ValueError(
                 f"objective: {self.name!r} needs a model with an image and a text embedding, "
                 f"{type(anatomy.model).__name__} has none; try 'lm_loss'"
@@ -114,12 +109,12 @@ class _DualEncoder(Objective):
         if not inputs:
             raise ValueError(f"data: {data.name} has no images, objective {self.name!r} needs them")
         trim = anatomy.tower(tower).trim
-        device = _device(anatomy)
+        device = anatomy.device
         return [trim({name: value.to(device) for name, value in batch.items()}) for batch in _rows(inputs, batch_size)]
 
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
         """[B, E]: the normalised embedding of each row."""
-        return F.normalize(anatomy.family.embed[tower](anatomy.model, inputs), dim=-1)
+        return F.normalize(anatomy.embed(tower, inputs), dim=-1)
 
     def other(self, anatomy: Anatomy, tower: str, data: Data, batch_size: int) -> Tensor:
         """[M, E]: the other tower's embeddings."""
@@ -133,7 +128,8 @@ class _DualEncoder(Objective):
     def _embeddings(self, anatomy: Anatomy, data: Data, batch_size: int) -> tuple[Tensor, Tensor]:
         self.towers(anatomy)
         with evaluation_mode(anatomy.model):
-            return tuple(self.run(anatomy, tower, data, batch_size) for tower in ("vision", "text"))
+            image, text = (self.run(anatomy, tower, data, batch_size) for tower in ("vision", "text"))
+            return image, text
 
 
 def _per_image(per_text: Tensor, data: Data) -> Tensor:
@@ -172,7 +168,7 @@ class Retrieval(_DualEncoder):
 
     def report(self, anatomy, data, batch_size) -> dict[str, float]:
         to_text, to_image = self.ranks(*self._embeddings(anatomy, data, batch_size), data)
-        result = {}
+        result: dict[str, float] = {}
         for k in self.at:
             both = [(ranks < k).double().mean().item() for ranks in (to_text, to_image)]
             result |= {f"recall@{k}": sum(both) / 2}
@@ -242,20 +238,21 @@ class ZeroShot(_DualEncoder):
     differentiable = False
 
     @staticmethod
-    def _need_classes(data: Data) -> None:
+    def _classes(data: Data) -> tuple[Classes, Tensor]:
+        """The classes, and the one [I] of each image."""
         if data.classes is None or data.labels is None:
             raise ValueError(f"data: {data.name} has no class labels, objective 'zero_shot' needs them")
+        return data.classes, data.labels
 
     def _texts(self, data: Data) -> Inputs:
-        self._need_classes(data)
-        return data.classes.texts
+        return self._classes(data)[0].texts
 
     def values(self, anatomy, tower, outputs, other, data) -> Tensor:
-        self._need_classes(data)
+        classes, labels = self._classes(data)
         image, prompt = self._pair(tower, outputs, other)
-        owner = data.classes.class_of_prompt.to(image.device)
-        classes = prompt.new_zeros(len(data.classes), prompt.shape[1]).index_add(0, owner, prompt)
-        rank = retrieval_rank(image, F.normalize(classes, dim=-1), data.labels.to(image.device))
+        owner = classes.class_of_prompt.to(image.device)
+        centres = prompt.new_zeros(len(classes), prompt.shape[1]).index_add(0, owner, prompt)
+        rank = retrieval_rank(image, F.normalize(centres, dim=-1), labels.to(image.device))
         return (rank == 0).float()
 
     def report(self, anatomy, data, batch_size) -> dict[str, float]:
@@ -273,11 +270,16 @@ class LMLoss(Objective):
 
     name: str = field(default="lm_loss", init=False)
 
-    def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
+    @staticmethod
+    def _head(anatomy: Anatomy) -> nn.Module:
         if anatomy.head is None:
             raise ValueError(
                 f"objective: 'lm_loss' needs a model that predicts tokens, {type(anatomy.model).__name__} does not"
             )
+        return anatomy.head
+
+    def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
+        self._head(anatomy)
         return tuple(anatomy.towers)
 
     def batches(self, anatomy: Anatomy, tower: str, data: Data, batch_size: int) -> list[Inputs]:
@@ -287,7 +289,7 @@ class LMLoss(Objective):
         scored = (data.texts["labels"][:, 1:] != _IGNORED).any(1)
         if not bool(scored.all()):
             raise ValueError(f"data: sample {int((~scored).nonzero()[0])} of {data.name} has no labelled position")
-        device = _device(anatomy)
+        device = anatomy.device
         index = torch.arange(len(data))
         return [
             {name: value.to(device) for name, value in data.batch(part).items()} for part in index.split(batch_size)
@@ -296,12 +298,12 @@ class LMLoss(Objective):
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
         """[B]: minus the loss of each sample."""
         labels = inputs["labels"]
-        hidden = _final_states(anatomy, inputs)
+        head = self._head(anatomy)
+        hidden = _final_states(anatomy, head, inputs)
         sample, position = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
         target = labels[sample, position + 1]
         states = hidden[sample, position]
-        head = anatomy.head
-        rows = max(1, _LOGIT_BYTES // (4 * _vocabulary(anatomy)))
+        rows = max(1, _LOGIT_BYTES // (4 * anatomy.text_config.vocab_size))
         losses = [
             F.cross_entropy(head(part).float(), wanted, reduction="none")
             for part, wanted in zip(states.split(rows), target.split(rows), strict=True)
@@ -320,11 +322,7 @@ class LMLoss(Objective):
         return {"lm_loss": loss.item(), "perplexity": loss.exp().item()}
 
 
-def _vocabulary(anatomy: Anatomy) -> int:
-    return anatomy.model.config.get_text_config().vocab_size
-
-
-def _final_states(anatomy: Anatomy, inputs: Inputs) -> Tensor:
+def _final_states(anatomy: Anatomy, head: nn.Module, inputs: Inputs) -> Tensor:
     """[B, T, D]: what enters the language-model head, which itself does not run over all positions."""
     seen: list[Tensor] = []
 
@@ -332,21 +330,20 @@ def _final_states(anatomy: Anatomy, inputs: Inputs) -> Tensor:
         seen.append(hidden)
         return hidden
 
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")
+    arguments: dict[str, Tensor | bool] = {name: value for name, value in inputs.items() if name != "labels"}
     if anatomy.family.needs_decoder_ids:
-        pad = anatomy.model.config.get_text_config().pad_token_id
-        inputs["decoder_input_ids"] = labels.masked_fill(labels == _IGNORED, pad)
-        inputs["decoder_attention_mask"] = (labels != _IGNORED).long()
+        labels = inputs["labels"]
+        arguments["decoder_input_ids"] = labels.masked_fill(labels == _IGNORED, anatomy.text_config.pad_token_id)
+        arguments["decoder_attention_mask"] = (labels != _IGNORED).long()
     else:
-        inputs["use_cache"] = False
+        arguments["use_cache"] = False
     with Patches() as patches:
-        patches.forward(anatomy.head, keep)
-        anatomy.model(**inputs)
+        patches.forward(head, keep)
+        anatomy.model(**arguments)
     return seen[0]
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "retrieval": Retrieval,
     "recall@1": lambda: Retrieval(at=(1,)),
     "contrastive": Contrastive,
@@ -361,7 +358,7 @@ def objective_named(objective: str | Objective | None, anatomy: Anatomy | None =
     if isinstance(objective, Objective):
         return objective
     if objective is None:
-        return Contrastive() if anatomy is None or set(anatomy.family.embed or ()) == {"vision", "text"} else LMLoss()
+        return Contrastive() if anatomy is None or set(anatomy.family.embed) == {"vision", "text"} else LMLoss()
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[objective]()

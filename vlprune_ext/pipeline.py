@@ -44,7 +44,7 @@ class Result:
 
 def default_objective(anatomy: Anatomy) -> Objective:
     """Retrieval for a model that embeds images and texts, the language-model loss for one that predicts tokens."""
-    return objective_named("retrieval" if anatomy.family.embed and len(anatomy.family.embed) == 2 else "lm_loss")
+    return objective_named("retrieval" if len(anatomy.family.embed) == 2 else "lm_loss")
 
 
 def evaluate(
