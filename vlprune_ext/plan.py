@@ -27,7 +27,7 @@ class Module(NamedTuple):
     tower: str
     kind: str  # one of anatomy.KINDS
     layer: int
-    index: int = 0  # head or group; 0 for a layer
+    index: int = 0  # type: ignore[assignment]  # head or group; 0 for a layer. Hides the tuple's own `index`
 
     def __str__(self) -> str:
         layer = f"{self.tower}.{self.layer}"
@@ -234,11 +234,11 @@ class Plan:
             for tower, layers in self.units(kind).items():
                 for layer, units in layers.items():
                     self._check_units(actual, tower, kind, layer, units)
-        for tower, layers in self.layers.items():
+        for tower, gone in self.layers.items():
             blocks = len(actual.get(tower, []))
-            if tower not in actual or any(not 0 <= layer < blocks for layer in layers):
-                raise ValueError(f"plan: layers of tower {tower!r}: {layers}, expected indices below {blocks}")
-            if len(set(layers)) == blocks:
+            if tower not in actual or any(not 0 <= layer < blocks for layer in gone):
+                raise ValueError(f"plan: layers of tower {tower!r}: {gone}, expected indices below {blocks}")
+            if len(set(gone)) == blocks:
                 raise ValueError(f"plan: removes all {blocks} layers of tower {tower!r}; at least one must stay")
 
     @staticmethod

@@ -18,6 +18,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +31,31 @@ from .patch import Patches, evaluation_mode
 
 Progress = Callable[[int, int, str], None]  # done, total, what
 Inputs = dict[str, Tensor]
+Output = Tensor | tuple[Any, ...]  # what a block or a site's module returns: a tensor, or a tuple that begins with one
+T = TypeVar("T")
 
 
 class _Stop(Exception):
     """Raised inside a forward when nothing after the current block is needed."""
 
 
-def _stacked(value: object, copies: int) -> object:
+def _stacked(value: T, copies: int) -> T:
     """Every tensor in ``value`` repeated ``copies`` times along its first dimension."""
     return pytree.tree_map_only(Tensor, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)) if t.dim() else t, value)
 
 
-def _blank(value: object, copies: int = 1) -> object:
+def _blank(value: T, copies: int = 1) -> T:
     """The shape of ``_stacked(value, copies)`` without its memory: for results that nothing will read."""
     return pytree.tree_map_only(
         Tensor, lambda t: t.new_zeros(()).expand(copies * t.shape[0], *t.shape[1:]) if t.dim() else t, value
     )
 
 
-def _with_first(output: object, tensor: Tensor) -> object:
+def _first(output: Output) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _with_first(output: Output, tensor: Tensor) -> Output:
     """A module's result with its first tensor exchanged."""
     return tensor if isinstance(output, Tensor) else (tensor, *output[1:])
 
@@ -73,12 +80,12 @@ def _set_stream(patches: Patches, block: nn.Module, stream: Tensor) -> None:
 
 @dataclass
 class _Shared:
-    """What all variants of one block have in common, for one batch."""
+    """What all variants of one block have in common, for one batch; filled in while the block runs."""
 
-    stream: Tensor  # [B, T, D] entering the block
-    output: Tensor | None = None  # [B, T, D] leaving it
+    stream: Tensor = field(init=False)  # [B, T, D] entering the block
+    output: Tensor = field(init=False)  # [B, T, D] leaving it
     x: dict[str, Tensor] = field(default_factory=dict)  # site kind -> input of its output projection
-    returned: dict[str, object] = field(default_factory=dict)  # site kind -> what its module returned
+    returned: dict[str, Output] = field(default_factory=dict)  # site kind -> what its module returned
     skipped: dict[nn.Module, object] = field(default_factory=dict)  # modules that need not run again -> blank result
 
 
@@ -154,14 +161,15 @@ class Replay:
         last = max(by_layer, default=0)
         total = sum(self._runs(layer, interventions[i]) for layer, ids in by_layer.items() for i in ids)
         done = 0
+        dense: list[Tensor] = []
         with evaluation_mode(self.model):
             for layer in range(last + 1):
                 ids = by_layer.get(layer, [])
                 results: dict[int, list[Tensor]] = {i: [] for i in ids}
-                dense = []
                 for batch in self.batches:
                     shared, output = self._advance(layer, batch, {interventions[i].kind for i in ids}, layer < last)
-                    dense.append(output)
+                    if output is not None:
+                        dense.append(output)
                     for chunk, out in self._variants(layer, batch, shared, ids, interventions):
                         for i, rows in zip(chunk, out, strict=True):
                             results[i].append(rows)
@@ -218,10 +226,9 @@ class Replay:
     def _advance(self, layer: int, batch: _Batch, kinds: set[str], stop: bool) -> tuple[_Shared, Tensor | None]:
         """Run block ``layer`` on the stream as it is, keeping what variants share; then stop, or finish the model."""
         block = self.tower.blocks[layer]
-        shared = _Shared(stream=batch.stream)
-        first = batch.stream is None
+        shared = _Shared()
         with Patches() as patches:
-            if first:
+            if batch.stream is None:
                 for module in self.tower.before:
                     patches.hook(module, lambda m, _, out: batch.before.__setitem__(m, _blank(out)))
                 for module in self.tower.beside:
@@ -280,38 +287,39 @@ class Replay:
             raise ValueError(f"interventions: {kind} of {self.tower.name}.{layer}, expected units below {site.units}")
         if kind not in shared.x:
             raise ValueError(f"interventions: {kind} of {self.tower.name}.{layer} plays no part in this objective")
-        x, base = shared.x[kind], shared.returned[kind]
-        base = base if isinstance(base, Tensor) else base[0]
-        if self._last_pooled(layer, batch):
-            x, base = _take(x, batch.pooled), _take(base, batch.pooled)
+        x, base = shared.x[kind], _first(shared.returned[kind])
+        rows = self._last_pooled(layer, batch)
+        if rows is not None:
+            x, base = _take(x, rows), _take(base, rows)
         out = leave_units_out(x.reshape(-1, x.shape[-1]), site, base.reshape(-1, base.shape[-1]), units)
         return out.view(len(units) * base.shape[0], *base.shape[1:])
 
-    def _last_pooled(self, layer: int, batch: _Batch) -> bool:
-        return batch.pooled is not None and layer == len(self.tower) - 1
+    def _last_pooled(self, layer: int, batch: _Batch) -> Tensor | int | None:
+        """The only row that is used of what leaves block ``layer``; None when all are."""
+        return batch.pooled if layer == len(self.tower) - 1 else None
 
     def _suffix(
         self, layer: int, batch: _Batch, shared: _Shared, kind: str, variants: Tensor | None, copies: int
     ) -> Tensor:
         """Run the model from inside block ``layer`` on ``copies`` stacked variants of the batch."""
         block = self.tower.blocks[layer]
-        pooled_here = self._last_pooled(layer, batch)
+        only = self._last_pooled(layer, batch)
         length = shared.stream.shape[1]
 
         def own(tensor: Tensor) -> Tensor:  # the rows that matter, stacked
-            return _stacked(_take(tensor, batch.pooled) if pooled_here else tensor, copies)
+            return _stacked(tensor if only is None else _take(tensor, only), copies)
 
         with Patches() as patches:
             self._bypass(patches, layer, batch, copies)
-            if kind == "layer":
+            if variants is None:
                 stream = _stacked(shared.stream, copies)
                 patches.forward(block.module, lambda *_, **__: stream)
             else:
-                if pooled_here:
+                if only is not None:
                     self._widen(patches, block.module, length)
                 _set_stream(patches, block.module, own(shared.stream))
                 self._patch_sites(patches, block, shared, kind, variants, copies, own)
-            if not pooled_here and batch.pooled is not None and layer < len(self.tower) - 1:
+            if batch.pooled is not None and layer < len(self.tower) - 1:
                 rows = batch.pooled if isinstance(batch.pooled, int) else batch.pooled.repeat(copies)
                 self._narrow_last(patches, rows, length)
             # Images are read by bypassed modules alone, so that their stack needs no memory.
@@ -333,8 +341,7 @@ class Replay:
             if name not in shared.returned:  # for instance a cross attention that this objective never calls
                 continue
             returned = shared.returned[name]
-            first = returned if isinstance(returned, Tensor) else returned[0]
-            value = variants if name == kind else own(first)
+            value = variants if name == kind else own(_first(returned))
             result = _with_first(_blank(returned, copies), value)
             patches.forward(site.module, lambda *_, _r=result, **__: _r)
             if name == kind:

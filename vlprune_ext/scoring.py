@@ -181,7 +181,7 @@ def score(
 
     judge = _Judge(anatomy, objective, plan, batch_size, stacked_rows, progress)
     with masked(model, plan or Plan(anatomy.shape())), evaluation_mode(model):
-        if exact:
+        if exact or pools is None:
             drops, dense = judge.all_samples(found, data)
         else:
             drops, dense = judge.race(found, data, pools, confidence)
@@ -233,26 +233,24 @@ class _Judge:
     @torch.no_grad()
     def all_samples(self, found: list[Candidate], data: Data) -> tuple[Tensor, float]:
         """([M, S] drops of every sample, the dense objective)."""
-        drops: list[Tensor | None] = [None] * len(found)
+        drops: dict[int, Tensor] = {}
         dense_value = math.nan
         for tower, positions in _by_tower(found).items():
+            left: dict[int, Tensor] = {}  # the objective without each module
             other = self.objective.other(self.anatomy, tower, data, self.batch_size)
 
             def value(outputs: Tensor, tower=tower, other=other) -> Tensor:
                 return self.objective.values(self.anatomy, tower, outputs, other, data).float().cpu()
 
-            dense = None
             for ids, outputs in self._walk(tower, [found[i].intervention for i in positions], data):
-                if ids is None:
-                    dense = value(outputs)
+                if ids is not None:
+                    left |= {positions[i]: value(rows) for i, rows in zip(ids, outputs, strict=True)}
                 else:
-                    for i, rows in zip(ids, outputs, strict=True):
-                        drops[positions[i]] = value(rows)
-            _check_finite(dense, data)
-            dense_value = dense.double().mean().item()
-            for i in positions:
-                drops[i] = dense - drops[i]
-        return torch.stack(drops), dense_value
+                    dense = value(outputs)
+                    _check_finite(dense, data)
+                    dense_value = dense.double().mean().item()
+                    drops |= {i: dense - left[i] for i in positions}
+        return torch.stack([drops[i] for i in range(len(found))]), dense_value
 
     @torch.no_grad()
     def race(
@@ -263,7 +261,7 @@ class _Judge:
         After each round a module whose score is further than ``confidence`` standard errors from the cut of its pool is
         decided. The cut lies between the last module that goes and the first that stays, among the undecided.
         """
-        drops: Tensor | None = None
+        drops = torch.empty(len(found), 0)  # [M, S], once S is known
         undecided = set(range(len(found)))
         gone: set[int] = set()
         kept_outputs: dict[int, Tensor] = {}
@@ -291,7 +289,7 @@ class _Judge:
                 dense_value = dense.double().mean().item()
                 for i in racing:
                     value = self.objective.values(self.anatomy, tower, kept_outputs[i], other, seen).float().cpu()
-                    if drops is None:
+                    if not drops.numel():
                         samples = len(dense) if stop == data.n_images else None
                         drops = torch.full((len(found), samples or _sample_count(self, tower, data)), math.nan)
                     drops[i, : len(value)] = dense - value

@@ -21,7 +21,7 @@ from ..replay import Progress
 from ..scoring import Candidate, Groups, Pools, candidates, neuron_groups, rewired_order
 
 WIDTH = ("head", "cross_head", "neurons")
-STAGES = {
+STAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "finetune": (WIDTH, ("layer",)),  # width first, then depth of the narrowed model (MoPE-CLIP, section 3.3)
     "pretrain": ((*WIDTH, "layer"),),  # width and depth at once (section 3.2)
 }
