@@ -20,7 +20,7 @@ from .report import cut_summary, duration, metric, save_record, si, write_report
 
 MODEL = "clip-digits"
 SEED = 0
-CALIBRATION = 300  # images that are looked at to decide
+CALIBRATION = 128  # images that are looked at to decide
 TEST = 1000  # images of digits that no other split has
 TRAIN = 4000  # images to distil on
 DISTILL_STEPS = 60
@@ -103,6 +103,7 @@ def run(out: Path, report: Path, *, keep: float, working: Working, say: Callable
         raise RuntimeError(f"{out}: recall@1 is {again['recall@1']} after loading, {result.after['recall@1']} before")
     say(f"saved to {out}; loaded again, recall@1 is the same")
 
+    began = time.perf_counter()
     with working("distilling") as progress:
         student = distill(
             copy.deepcopy(result.model), dense, data["train"], steps=DISTILL_STEPS, seed=SEED, progress=progress
@@ -111,6 +112,8 @@ def run(out: Path, report: Path, *, keep: float, working: Working, say: Callable
             **evaluate(student, data["test"]),
             **measure(student, data["test"]),
         }
+
+    say(f"distilled a copy for {DISTILL_STEPS} steps in {duration(time.perf_counter() - began)}")
 
     save_record(out, result, comparisons)
     title = f"{MODEL}: {keep:.0%} of heads and neurons kept"

@@ -123,8 +123,8 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _exponent(largest: float) -> int:
-    """A power of 1000 in which numbers up to ``largest`` have two to four digits before the point."""
-    return 3 * math.floor((math.log10(largest) - 1) / 3) if largest > 0 else 0
+    """The power of ten in which ``largest`` has three digits before the point."""
+    return math.floor(math.log10(largest)) - 2 if largest > 0 else 0
 
 
 def _level(value: float, largest: float) -> int:

@@ -300,7 +300,9 @@ def _lede(result: Any, plan: Plan) -> str:
 def _table_note(result: Any, keys: list[str]) -> str:
     notes = ["Small figures: change against the dense model."]
     if "flops" in keys:
-        notes.append("FLOPs of one sample, counted from shapes.")
+        notes.append("FLOPs of one sample, two per multiply-add.")
+    if "latency_ms" in keys:
+        notes.append("Latency: median, batch 1, on the machine named below.")
     extra = [
         f"{key.replace('_', ' ')} {value}"
         for key, value in (result.after or {}).items()
