@@ -15,7 +15,7 @@ import transformers
 from typer.testing import CliRunner
 
 import vlprune_ext as vp
-from vlprune_ext import cli, demo
+from vlprune_ext import bench, cli, demo
 from vlprune_ext.anatomy import FAMILIES
 from vlprune_ext.methods import METHODS
 
@@ -166,6 +166,20 @@ def test_prune_prints_a_table(tiny, method):
     assert "removed 128 of 256 neurons" in text
 
 
+def test_several_ways_to_prune_are_all_reported(tiny, tmp_path):
+    """The first is kept, each of the others starts from the dense model and becomes a row of its own."""
+    plan, out = tmp_path / "all-heads.json", tmp_path / "out"
+    made = run("prune", tiny, "--method", "random", *SMALL, "--test-limit", 20, "--keep-heads", 1, "--save-plan", plan)
+    assert "all-heads.json" in made.stdout.replace("\n", "")
+    several = ("--plan", plan, "--method", "random", "--method", "mope", "--steps", 1, "--set", "exact=true")
+    content = json.loads(run("prune", tiny, *several, *SMALL, "--test-limit", 20, "--out", out, "--json").stdout)
+    assert content["plan"] == json.loads(plan.read_text())
+    assert set(content["comparisons"]) == {"Random", "MoPE"}
+    sizes = {name: numbers["params"] for name, numbers in content["comparisons"].items()}
+    assert max(*sizes.values(), content["after"]["params"]) < content["before"]["params"]
+    assert vp.load_pruned(out).num_parameters() == content["after"]["params"]
+
+
 def test_prune_with_the_same_seed_is_the_same(tiny):
     plans = [
         json.loads(run("prune", tiny, "--method", "random", *FEW, "--seed", seed, "--json").stdout)["plan"]
@@ -244,6 +258,9 @@ def test_demo_saves_reloads_and_reports(tiny, tmp_path, monkeypatch):
         (["prune", "MODEL", "--objective", "nonsense"], "expected one of retrieval"),
         (["prune", "MODEL", "--set", "nonsense=1"], "a field of mope"),
         (["prune", "MODEL", "--set", "exact"], "expected FIELD=VALUE"),
+        (["prune", "MODEL", "--method", "mope", "--method", "nonsense"], "--method: 'nonsense'"),
+        (["prune", "MODEL", "--method", "magnitude", "--set", "exact=false"], "a field of magnitude"),
+        (["prune", "MODEL", "--plan", "PLAN", "--keep-heads", "0.5"], "--keep-heads: not a field of a plan"),
         (["prune", "MODEL", "--out", "FILE"], "a file, expected a folder"),
         (["prune", "MODEL", "--out", "FILE/below"], "not a folder that can be written to"),
         (["prune", "MODEL", "--report", "absent/r.html"], "not a folder that can be written to"),
@@ -257,9 +274,10 @@ def test_wrong_usage(args, message, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("something")
     (tmp_path / "FOLDER").mkdir()
+    vp.Plan(shape={}).save(tmp_path / "PLAN")
     error = refused(*[str(tiny) if arg == "MODEL" else arg for arg in args], code=2)
     assert message in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "FOLDER"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "FOLDER", "PLAN"]
 
 
 def _broken(tiny: Path, folder: Path, what: str) -> Path:
@@ -346,6 +364,12 @@ def test_towers_and_objectives_that_do_not_fit_the_model(tiny):
     assert "needs a model that predicts tokens" in refused("evaluate", tiny, "--objective", "lm_loss", code=1)
 
 
+@pytest.mark.parametrize("command", ["score", "prune", "evaluate", "plan-cost"])
+def test_zero_shot_without_classes_says_where_there_are_some(command, tiny):
+    error = refused(command, tiny, "--objective", "zero_shot", "--limit", 8, code=1)
+    assert "digits has no classes; try --data digits-classes" in error
+
+
 def test_a_plan_for_another_model(tiny, tmp_path):
     plan = tmp_path / "plan.json"
     vp.Plan(shape={"vision": [{"head": 9}]}).save(plan)
@@ -408,7 +432,7 @@ def test_bench_runs_the_benchmarks_of_the_source_tree(monkeypatch):
         (folder / "results.json").write_text('{"rows": []}\n')
         return subprocess.CompletedProcess(command, len(seen) - 1 if len(seen) < 3 else 5)
 
-    monkeypatch.setattr(cli.subprocess, "run", fake)
+    monkeypatch.setattr(bench.subprocess, "run", fake)
     assert run("bench").stdout == "| a table |\n"
     assert seen[0][3] == str(ROOT / "benchmarks")
     assert "pytest exit code 1" in refused("bench", code=1)
@@ -416,7 +440,7 @@ def test_bench_runs_the_benchmarks_of_the_source_tree(monkeypatch):
 
 
 def test_bench_without_a_source_tree(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "vlprune_ext" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "vlprune_ext" / "bench.py"))
     assert "in the source tree" in refused("bench", code=1)
 
 

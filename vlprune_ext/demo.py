@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import load_pruned, save_pruned
+from .checkpoint import load_pruned
 from .data import load_data
 from .distillation import distill
 from .methods import Magnitude, MoPE, Random
 from .models import load_model
 from .pipeline import Result, evaluate, measure, plan_cost, prune
+from .replay import Progress
 from .report import cut_summary, duration, metric, save_record, si, write_report
 
 MODEL = "clip-digits"
@@ -25,7 +26,6 @@ TEST = 1000  # images of digits that no other split has
 TRAIN = 4000  # images to distil on
 DISTILL_STEPS = 60
 
-Progress = Callable[[int, int, str], None]
 Working = Callable[[str], AbstractContextManager[Progress]]
 
 
@@ -89,15 +89,7 @@ def run(out: Path, report: Path, *, keep: float, working: Working, say: Callable
     say(f"MoPE removed {cut_summary(result.plan)} in {duration(time.perf_counter() - began)}")
 
     with working("saving and loading again"):
-        save_pruned(
-            result.model,  # type: ignore[arg-type]
-            out,
-            processor=loaded.processor,
-            method=result.method,
-            data=result.data,
-            before=result.before,
-            after=result.after,
-        )
+        result.save(out, processor=loaded.processor)
         again = evaluate(load_pruned(out), data["test"])
     if again["recall@1"] != result.after["recall@1"]:
         raise RuntimeError(f"{out}: recall@1 is {again['recall@1']} after loading, {result.after['recall@1']} before")
@@ -108,11 +100,7 @@ def run(out: Path, report: Path, *, keep: float, working: Working, say: Callable
         student = distill(
             copy.deepcopy(result.model), dense, data["train"], steps=DISTILL_STEPS, seed=SEED, progress=progress
         )
-        comparisons["MoPE, distilled"] = {
-            **evaluate(student, data["test"]),
-            **measure(student, data["test"]),
-        }
-
+        comparisons["MoPE, distilled"] = {**evaluate(student, data["test"]), **measure(student, data["test"])}
     say(f"distilled a copy for {DISTILL_STEPS} steps in {duration(time.perf_counter() - began)}")
 
     save_record(out, result, comparisons)

@@ -1,17 +1,20 @@
-"""`prune`, `evaluate`, `measure` and `plan_cost`: the methods put to work on a model."""
+"""`prune`, `recover`, `evaluate`, `measure` and `plan_cost`: the methods put to work on a model."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .anatomy import Anatomy, describe
+from .checkpoint import save_pruned
 from .data import Data
 from .methods.structured import Structured
 from .objectives import Objective, objective_named
@@ -40,6 +43,18 @@ class Result:
     after: dict[str, float]
     method: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
+
+    def save(self, folder: str | os.PathLike, *, processor: Any = None) -> None:
+        """`save_pruned` with all that is known here."""
+        save_pruned(
+            self.model,  # type: ignore[arg-type]
+            folder,
+            processor=processor,
+            method=self.method,
+            data=self.data,
+            before=self.before,
+            after=self.after,
+        )
 
 
 def default_objective(anatomy: Anatomy) -> Objective:
@@ -94,7 +109,7 @@ def _timed(run, model: nn.Module) -> float:
 def prune(
     model: nn.Module,
     data: Data,
-    method: Structured,
+    method: Structured | Plan,
     *,
     evaluation: Data | None = None,
     mode: str = "remove",
@@ -104,28 +119,51 @@ def prune(
     """Plan, apply and measure: the model is pruned in place.
 
     data        calibration data: what the method may look at
+    method      what decides; or a plan, which has decided already
     evaluation  data for the numbers before and after; None measures size and speed only
     mode        "remove": heads, neurons and layers are physically gone; "mask": their weights are zeroed
     round_to    MLP widths stay multiples of this
     """
-    sample = evaluation or data
-
-    def numbers() -> dict:
-        quality = evaluate(model, evaluation) if evaluation is not None else {}
-        return {**quality, **measure(model, sample)}
-
-    before = numbers()
-    plan = method.plan(model, data, progress=progress)
+    before = _numbers(model, data, evaluation)
+    plan = method if isinstance(method, Plan) else method.plan(model, data, progress=progress)
     apply(model, plan, data, mode=mode, round_to=round_to)
     return Result(
         model=model,
         plan=plan,
-        scores=method.scores,
+        scores=None if isinstance(method, Plan) else method.scores,
         before=before,
-        after=numbers(),
+        after=_numbers(model, data, evaluation),
         method=plan.method,
         data={"name": data.name, "split": data.split, "hash": data.hash, "samples": data.n_images},
     )
+
+
+def recover(
+    result: Result,
+    teacher: nn.Module,
+    train: Data,
+    data: Data,
+    *,
+    steps: int,
+    evaluation: Data | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Train the pruned model against the one it was pruned from, in place, and measure again.
+
+    train             what it is trained on
+    data, evaluation  those of `prune`
+    """
+    from .distillation import distill  # transformers' Trainer is slow to import
+
+    distill(result.model, teacher, train, steps=steps, seed=seed, progress=progress)
+    after = _numbers(result.model, data, evaluation)
+    return replace(result, after=after, method={**result.method, "distill_steps": steps})
+
+
+def _numbers(model: nn.Module, data: Data, evaluation: Data | None) -> dict[str, float]:
+    quality = evaluate(model, evaluation) if evaluation is not None else {}
+    return {**quality, **measure(model, evaluation or data)}
 
 
 @torch.no_grad()

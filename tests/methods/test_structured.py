@@ -92,6 +92,20 @@ def test_steps_score_again(clip):
     assert expected == {(la, h) for la, hs in whole.heads["vision"].items() for h in hs}
 
 
+def test_progress_names_the_round(clip):
+    model, data = clip
+    fields = {"neurons_per_group": 16, "towers": ("vision",)}
+    heard = []
+    vp.MoPE(steps=2, keep_layers=0.5, **fields).plan(model, data, progress=lambda *said: heard.append(said))
+    assert [what for what in dict.fromkeys(what for *_, what in heard) if what.endswith("block 2")] == [
+        f"round {number} of 4, vision block 2" for number in (1, 2, 3, 4)
+    ]
+    assert all(0 <= done <= total for done, total, _ in heard)
+    heard.clear()
+    vp.MoPE(steps=1, **fields).plan(model, data, progress=lambda *said: heard.append(said))
+    assert {what for *_, what in heard} == {f"vision block {layer}" for layer in range(4)}
+
+
 def test_depth_is_judged_on_the_narrowed_model(clip):
     model, data = clip
     fields = {"neurons_per_group": 16, "steps": 1, "towers": ("vision",)}

@@ -108,12 +108,13 @@ class Structured(ABC):
         groups = neuron_groups(anatomy, towers, self.neurons_per_group, order)
         plan = Plan(anatomy.shape(), method={**self.describe(), "objective": objective.name})
         self.scores = None
-        for kinds in STAGES[self.stage]:
-            kinds = tuple(k for k in kinds if self._keep(k) < 1 and _has_kind(anatomy, towers, k))
-            if not objective.sees_cross_attention:
-                kinds = tuple(k for k in kinds if k != "cross_head")
-            if not kinds:
-                continue
+        blind = () if objective.sees_cross_attention else ("cross_head",)
+        stages = [
+            tuple(k for k in kinds if k not in blind and self._keep(k) < 1 and _has_kind(anatomy, towers, k))
+            for kinds in STAGES[self.stage]
+        ]
+        stages = [kinds for kinds in stages if kinds]
+        for stage, kinds in enumerate(stages):
             everything = candidates(anatomy, towers, kinds, groups)
             for step in range(1, self.steps + 1):
 
@@ -123,7 +124,8 @@ class Structured(ABC):
                 found = candidates(anatomy, towers, kinds, groups, plan)
                 if not any(budget for _, budget in pools(found, torch.zeros(len(found)))):
                     continue
-                task = Task(anatomy, data, objective, towers, kinds, groups, plan, pools, progress)
+                report = _in_round(progress, stage * self.steps + step, len(stages) * self.steps)
+                task = Task(anatomy, data, objective, towers, kinds, groups, plan, pools, report)
                 scores = self.importance(task)
                 self.scores = self.scores or scores
                 self._remove(plan, found, scores.value, pools)
@@ -216,3 +218,10 @@ class Task:
 
 def _has_kind(anatomy: Anatomy, towers: Sequence[str], kind: str) -> bool:
     return kind == "layer" or any(kind in block.sites for tower in towers for block in anatomy.tower(tower).blocks)
+
+
+def _in_round(progress: Progress | None, number: int, rounds: int) -> Progress | None:
+    """``progress`` whose words begin with the round, where there is more than one."""
+    if progress is None or rounds == 1:
+        return progress
+    return lambda done, total, what: progress(done, total, f"round {number} of {rounds}, {what}")
