@@ -1,72 +1,57 @@
-"""Drawings of scores and plans as SVG: no dependency, no script, readable in light and dark and without colour.
+"""Charts of scores and plans, drawn by matplotlib, and the numbers written beside them.
 
 One visual rule holds everywhere: what was removed is hatched; colour says how important a module is (blue: needed,
-orange: the model is better without it).
+red: the model is better without it). Every chart is a `matplotlib.figure.Figure`; `svg` makes text of it for a page.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import os
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
+from typing import TYPE_CHECKING, Any
 
-from .plan import Module, Plan, Scores, write_text
+import numpy as np
 
+from .plan import Module, Plan, Scores
+
+if TYPE_CHECKING:  # matplotlib loads when something is drawn
+    from matplotlib.figure import Figure
+
+UNITS = {"head": "heads", "cross_head": "cross-attention heads", "neurons": "neurons"}  # what a plan counts
+KINDS = {**UNITS, "neurons": "neuron groups", "layer": "layers"}  # what is scored
 NOTHING = "\N{EN DASH}"  # stands where there is no number
-LEVELS = 12  # colour steps on each side of zero
-_DETAILED = 1500  # up to this many cells each is an element of its own, with a tooltip
-_BARS = 420  # a ranking of more modules draws neighbours as one bar
 
-STYLE = (
-    """
-.vl{--paper:#fff;--ink:#1d2329;--muted:#5d6875;--line:#d5dbe1;--pos:#0a4f8f;--neg:#b8480a;--zero:#edf0f3;
---kept:#2a6fb0;--cut:#8d97a2;--onpos:#fff}
-@media (prefers-color-scheme:dark){.vl{--paper:#14181d;--ink:#e6e9ed;--muted:#98a3af;--line:#343c46;--pos:#8cc7ff;
---neg:#ffa15c;--zero:#252b33;--kept:#69aee8;--cut:#77828e;--onpos:#0d1216}}
-.vl svg{display:block;font:11px system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;
-font-variant-numeric:tabular-nums}
-.vl text{fill:var(--muted)}.vl .ink{fill:var(--ink)}.vl .small{font-size:9px}.vl .name{fill:var(--ink);font-weight:600}
-.vl .grid{stroke:var(--line);stroke-width:1;fill:none}.vl .axis{stroke:var(--muted);stroke-width:1;fill:none}
-.vl .kept{fill:var(--kept)}.vl .frame{fill:none;stroke:var(--cut);stroke-width:1}
-.vl .error{stroke:var(--ink);stroke-width:1;opacity:.75;fill:none}.vl .cutline{stroke:var(--ink);stroke-dasharray:4 3}
-.vl .thin{stroke-width:.6}
-.vl .hatch line{stroke:var(--ink);stroke-width:1.1;opacity:.6}
-.vl .z{fill:var(--zero)}.vl .on{fill:var(--onpos)}.vl .off{fill:var(--ink)}
-.vl .halo{fill:var(--ink);paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-opacity:.72}
-.vl .dot{fill:var(--ink);opacity:.55}
-"""
-    + "".join(
-        f".vl .{name}{i}{{fill:color-mix(in oklab,var(--{hue}) {round(100 * i / LEVELS)}%,var(--zero))}}"
-        for name, hue in (("p", "pos"), ("n", "neg"))
-        for i in range(1, LEVELS + 1)
-    )
-    + "\n"
-)
+_INK, _KEPT = "#1d2329", "#2a6fb0"
+_GONE: dict[str, Any] = {"facecolor": "#dfe3e8", "edgecolor": "#77828e", "linewidth": 0, "hatch": "////"}
+_STYLE = {
+    "font.size": 8,
+    "figure.titlesize": 9,
+    "figure.titleweight": "bold",
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e7eb",
+    "hatch.linewidth": 0.6,
+    "savefig.dpi": 200,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vlprune_ext",
+}
 
 
-@dataclass(frozen=True)
-class Figure:
-    """An SVG drawing; shows itself in a notebook."""
+@contextmanager
+def _style() -> Iterator[None]:
+    from matplotlib import style
 
-    svg: str
-    caption: str = ""
-
-    def _repr_html_(self) -> str:
-        return f'<div class="vl"><style>{STYLE}</style>{self.svg}</div>'
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write a stand-alone .svg file."""
-        head, rest = self.svg.split(">", 1)
-        write_text(path, f'{head} xmlns="http://www.w3.org/2000/svg" class="vl"><style>{_own(STYLE)}</style>{rest}')
-
-
-def _own(style: str) -> str:
-    # In a file of its own the class sits on the root element itself.
-    return style.replace(".vl svg{", "svg{")
+    with style.context(["default", _STYLE]):
+        yield
 
 
 def minus(text: str) -> str:
@@ -91,15 +76,12 @@ def column(values: Sequence[float]) -> list[str]:
     return [minus(f"{v:.{digits}f}") if math.isfinite(v) else NOTHING for v in values]
 
 
-# ---- what the drawings are about ------------------------------------------------------------------------------------
-
-
 def removed_shares(scores: Scores, plan: Plan | None) -> list[float]:
     """How much of every scored module a plan removes: 1 all of it, 0 nothing; parts of neuron groups in between."""
     if plan is None:
         return [0.0] * len(scores)
     groups = Counter(m[:3] for m in scores.modules)
-    gone = {key: set(plan.removed(*key)) for key in {m[:3] for m in scores.modules if m.kind != "layer"}}
+    gone = {key: set(plan.removed(*key)) for key in groups if key[1] != "layer"}
 
     def share(module: Module) -> float:
         if module.layer in plan.layers.get(module.tower, []):
@@ -119,320 +101,133 @@ def removed_shares(scores: Scores, plan: Plan | None) -> list[float]:
     return [share(module) for module in scores.modules]
 
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+def _root(x):
+    return np.sign(x) * np.sqrt(np.abs(x))
 
 
-def _exponent(largest: float) -> int:
-    """The power of ten in which ``largest`` has three digits before the point."""
-    return math.floor(math.log10(largest)) - 2 if largest > 0 else 0
+def _square(x):
+    return x * np.abs(x)
 
 
-def _level(value: float, largest: float) -> int:
-    """Colour step of a value, -LEVELS..LEVELS, on a square-root scale."""
-    if not largest or math.isnan(value):
-        return 0
-    step = round(LEVELS * math.sqrt(min(1.0, abs(value) / largest)))
-    return step if value >= 0 else -step
+def _figure(title: str, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure((8.5, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
 
 
-def _class(level: int) -> str:
-    return "z" if level == 0 else f"p{level}" if level > 0 else f"n{-level}"
+def svg(figure: Figure) -> str:
+    """A chart as an <svg> element: the same text on every run, no background, ids that no other chart has."""
+    text = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with _style():
+        figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
+    element = text.getvalue()[text.getvalue().index("<svg") :]
+    own = f"c{zlib.crc32(element.encode()):08x}-"
+    element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}", element)
+    return element.replace("<svg", f'<svg role="img" aria-label="{escape(figure.get_suptitle())}"', 1)
 
 
-def _svg(width: float, height: float, label: str, parts: Iterable[str]) -> str:
-    own = f"hatch-{zlib.crc32(label.encode()):08x}"  # ids are shared by all drawings of a page
-    hatch = (
-        f'<defs><pattern id="{own}" class="hatch" width="5" height="5" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)"><line x1="0" y1="0" x2="0" y2="5"/></pattern></defs>'
-    )
-    body = "".join(parts).replace("url(#hatch)", f"url(#{own})")
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" role="img" '
-        f'aria-label="{escape(label)}">{hatch}{body}</svg>'
-    )
+@_style()
+def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> Figure:
+    """Importance by layer (down) and head or group (across), a panel a tower; what ``plan`` removes is hatched.
 
-
-def _text(x: float, y: float, text: str, anchor: str = "start", cls: str = "") -> str:
-    style = f' class="{cls}"' if cls else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(text)}</text>'
-
-
-def _rect(x: float, y: float, w: float, h: float, cls: str, title: str = "", fill: str = "") -> str:
-    inner = f"<title>{escape(title)}</title>" if title else ""
-    paint = f' fill="{fill}"' if fill else ""
-    kind = f' class="{cls}"' if cls else ""
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{max(h, 0):.1f}"{kind}{paint}>{inner}</rect>'
-
-
-def _every(count: int, room: float, each: float = 22) -> int:
-    """Label every how-manieth of ``count`` items that share ``room`` pixels."""
-    step = max(1, math.ceil(count * each / max(room, 1)))
-    return next((s for s in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 200, 256) if s >= step), step)
-
-
-def describe(module: Module, value: float, error: float, removed: float) -> str:
-    """One line about a module, for tooltips and tables."""
-    fate = "" if removed == 0 else ", removed" if removed == 1 else f", {removed:.0%} removed"
-    return f"{module}: {number(value)} ± {number(error)}{fate}"
-
-
-# ---- heat map -------------------------------------------------------------------------------------------------------
-
-
-def heat_map(scores: Scores, plan: Plan | None = None, *, tower: str, kind: str = "head", width: float = 880) -> Figure:
-    """Importance by layer (down) and head or group (across); what ``plan`` removes is hatched.
-
-    Cells with room show value and standard error; a dot marks cells within 1.96 standard errors of zero.
+    Cells with room show value and standard error; elsewhere a dot marks what is within 1.96 standard errors of zero.
     """
-    rows = scores.where(tower, kind)
+    from matplotlib.colors import FuncNorm
+
+    rows = scores.where(kind=kind)
     if not rows:
-        raise ValueError(f"scores: nothing of kind {kind!r} was scored in tower {tower!r}")
-    modules = [scores.modules[i] for i in rows]
-    layers = sorted({m.layer for m in modules})
-    columns = max(m.index for m in modules) + 1
-    largest = _largest(scores, kind)
+        raise ValueError(f"scores: nothing of kind {kind!r} was scored")
+    # One outlier shall not bleach the rest.
+    largest = float(scores.value[rows].abs().quantile(0.99)) or 1.0
+    norm = FuncNorm((_root, _square), -largest, largest)
+    unit = 10.0 ** (math.floor(math.log10(largest)) - 2)
+    shares = np.array(removed_shares(scores, plan))
+    modules = sorted((scores.modules[i] for i in rows), key=lambda module: module.layer)
+    towers = {module.tower: 1 + module.layer for module in modules}  # how many layers
+    written = max(module.index for module in modules) < 16
+    heights = [(0.3 if written else 0.14) * layers + 0.6 for layers in towers.values()]
 
-    left, top = 34.0, 32.0
-    cell_w = min(58.0, (width - left) / columns)
-    cell_h = min(30.0, max(9.0, 620.0 / len(layers))) if cell_w >= 14 else 14.0 if len(layers) <= 24 else 9.0
-    gap = 2.0 if cell_w >= 14 else 0.0
-    detailed = len(modules) <= _DETAILED
-    written = cell_w >= 40 and cell_h >= 26
-    dotted = not written and cell_w >= 9
-
-    what = {"head": "heads", "cross_head": "cross-attention heads", "neurons": "neuron groups"}[kind]
-    exponent = _exponent(max(abs(float(scores.value[i])) for i in scores.where(kind=kind)))
-    unit = f", in 10{str(exponent).translate(_SUPERSCRIPT)}" if written and exponent else ""
-    parts = [_text(left, 11, f"{tower} · {what}{unit}", cls="name")]
-    parts += [
-        _text(left + (c + 0.5) * cell_w, top - 5, str(c), "middle", "small")
-        for c in range(0, columns, _every(columns, columns * cell_w, 7 * len(str(columns)) + 4))
-    ]
-    step = _every(len(layers), len(layers) * cell_h, 11)
-    row_of = {layer: n for n, layer in enumerate(layers)}
-    parts += [
-        _text(left - 6, top + (n + 0.5) * cell_h + 3.5, str(layer), "end", "small")
-        for layer, n in row_of.items()
-        if n % step == 0
-    ]
-
-    shares = removed_shares(scores, plan)
-    cells: dict[str, list[str]] = {}
-    marks, hatched = [], []
-    for i, module in zip(rows, modules, strict=True):
-        value, error = float(scores.value[i]), float(scores.error[i])
-        gone = shares[i]
-        x, y = left + module.index * cell_w, top + row_of[module.layer] * cell_h
-        w, h = cell_w - gap, cell_h - min(gap, 2)
-        level = _level(value, largest)
-        if detailed:
-            parts.append(_rect(x, y, w, h, _class(level), describe(module, value, error, gone)))
-        else:
-            cells.setdefault(_class(level), []).append(f"M{x:.1f} {y:.1f}h{w:.2f}v{h:.1f}h{-w:.2f}z")
-        if gone:
-            hatched.append((x, y, w, h, gone))
+    figure = _figure(f"Importance of {KINDS[kind]}", sum(heights) + 0.8)
+    panels = figure.subplots(len(towers), height_ratios=heights, squeeze=False)
+    for axes, (tower, layers) in zip(panels.flat, towers.items(), strict=True):
+        where = scores.where(tower, kind)
+        y, x = np.array([scores.modules[i][2:] for i in where]).T
+        value, error, share = np.full((3, layers, x.max() + 1), np.nan)
+        value[y, x], error[y, x], share[y, x] = scores.value[where], scores.error[where], shares[where]
+        for layer, of_layer in enumerate(np.nan_to_num(share)):
+            edges, top = np.arange(len(of_layer) + 1) - 0.5, layer - 0.5
+            axes.stairs(top + of_layer, edges, baseline=top, fill=True, **{**_GONE, "facecolor": "none"})
+        image = axes.imshow(value, cmap="RdBu", norm=norm, aspect="auto", interpolation="none")
         if written:
-            tone = "on" if abs(level) > LEVELS * 0.55 else "off"
-            tone += " halo" if gone else ""
-            marks.append(_text(x + w / 2, y + 12, minus(f"{round(value / 10**exponent)}"), "middle", tone))
-            if math.isfinite(error) and error > 0:
-                marks.append(_text(x + w / 2, y + 23, f"±{error / 10**exponent:.0f}", "middle", f"{tone} small"))
-        elif dotted and not abs(value) > 1.96 * error:
-            marks.append(f'<circle cx="{x + w / 2:.1f}" cy="{y + h / 2:.1f}" r="1.6" class="dot"/>')
-    parts += [f'<path class="{cls}" d="{"".join(d)}"/>' for cls, d in cells.items()]
-    for x, y, w, h, gone in hatched:
-        parts.append(_rect(x, y, w, h * gone, "", fill="url(#hatch)"))
-    parts += marks
-
-    bottom = top + len(layers) * cell_h
-    total = max(left + columns * cell_w, left + 300.0)
-    parts.append(_legend(left, bottom + 10, scores, kind, largest, plan is not None, dots=dotted))
-    parts.append(_text(left - 6, top - 5, "layer", "end", "small"))
-    return Figure(_svg(total + 2, bottom + 42, f"importance of {what}, {tower} tower", parts))
+            for place in zip(y, x, strict=True):
+                text = minus(f"{round(value[place] / unit)}")
+                text += f"\n±{error[place] / unit:.0f}" if 0 < error[place] < math.inf else ""
+                ink = "white" if abs(norm(value[place]) - 0.5) > 0.32 else _INK
+                axes.text(*place[::-1], text, ha="center", va="center", fontsize=7, color=ink, linespacing=1)
+        else:
+            axes.plot(*np.nonzero(np.abs(value) <= 1.96 * error)[::-1], ".", color=_INK, markersize=1.5)
+        axes.set(title=tower + (f", in units of {unit:g}" if written else ""), ylabel="layer", xlabel=KINDS[kind][:-1])
+        axes.locator_params(integer=True)
+    bar = figure.colorbar(image, ax=panels, location="bottom", shrink=0.5, aspect=50, pad=0.02, label="importance")
+    ticks = largest * _square(np.linspace(-1, 1, 9))
+    bar.set_ticks(ticks, labels=[number(tick) for tick in ticks])
+    bar.ax.set_xlim(left=min(0.0, max(-largest, float(scores.value[rows].min()))))
+    return figure
 
 
-def _largest(scores: Scores, kind: str) -> float:
-    """The top of the colour scale: the 99th percentile over all towers; one outlier shall not bleach the rest."""
-    values = sorted(abs(float(scores.value[i])) for i in scores.where(kind=kind))
-    return values[min(len(values) - 1, int(0.99 * len(values)))] if values else 0.0
-
-
-def _legend(x: float, y: float, scores: Scores, kind: str, largest: float, plan: bool, dots: bool) -> str:
-    lowest = min(float(scores.value[i]) for i in scores.where(kind=kind))
-    start = max(-LEVELS, min(0, _level(lowest, largest)))
-    steps = list(range(start, LEVELS + 1))
-    size = 9.0
-    parts = [_rect(x + n * size, y, size + 0.3, 9, _class(level)) for n, level in enumerate(steps)]
-    ticks = [(0, "0"), (LEVELS, number(largest)), (LEVELS // 2, number(largest / 4))]
-    if start < -2:
-        ticks.append((start, number(-largest * (start / LEVELS) ** 2)))
-    for level, label in ticks:
-        parts.append(_text(x + (level - start + 0.5) * size, y + 20, label, "middle", "small"))
-    at = x + len(steps) * size + 14
-    if plan:
-        parts.append(_rect(at, y, 14, 9, "z") + _rect(at, y, 14, 9, "", fill="url(#hatch)"))
-        parts.append(_text(at + 18, y + 8, "removed", cls="small"))
-        at += 72
-    if dots:
-        parts.append(f'<circle cx="{at + 3:.1f}" cy="{y + 4.5:.1f}" r="1.6" class="dot"/>')
-        parts.append(_text(at + 9, y + 8, "within 1.96 s.e. of zero", cls="small"))
-    return "".join(parts)
-
-
-# ---- ranking --------------------------------------------------------------------------------------------------------
-
-
-def _ticks(low: float, high: float, pixels: float) -> list[float]:
-    """Round numbers on a square-root axis, at least 24 pixels apart."""
-    span = sum(math.sqrt(abs(v)) for v in (low, high))
-    chosen = [0.0]
-    for sign, end in ((1, high), (-1, low)):
-        if end == 0:
-            continue
-        magnitude = math.floor(math.log10(abs(end)))
-        last = math.inf
-        for unit in (10.0**e for e in range(magnitude, magnitude - 5, -1)):
-            for value in (5 * unit, 2 * unit, unit):
-                room = 24 * span / pixels
-                if value <= abs(end) and last - math.sqrt(value) >= room and math.sqrt(value) >= room:
-                    chosen.append(sign * value)
-                    last = math.sqrt(value)
-    return sorted(chosen)
-
-
-def ranking(
-    scores: Scores, plan: Plan | None = None, *, kind: str = "head", tower: str | None = None, width: float = 880
-) -> Figure:
+@_style()
+def ranking(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> Figure:
     """Modules from least to most important with standard errors; removed ones hatched, a line at the cut."""
-    order = scores.ranking(tower, kind)
+    order = scores.ranking(kind=kind)
     if not order:
-        raise ValueError(f"scores: nothing of kind {kind!r} was scored" + (f" in tower {tower!r}" if tower else ""))
-    of_module = removed_shares(scores, plan)
-    shares = [of_module[i] for i in order]
-    per_bar = math.ceil(len(order) / _BARS)
-    bars = [_bar(scores, order[n : n + per_bar], shares[n : n + per_bar]) for n in range(0, len(order), per_bar)]
+        raise ValueError(f"scores: nothing of kind {kind!r} was scored")
+    value = scores.value[order].numpy()
+    error = np.nan_to_num(scores.error[order].numpy(), posinf=0.0)
+    share = np.array(removed_shares(scores, plan))[order]
 
-    left, top, height, foot = 52.0, 22.0, 190.0, 24.0
-    low = min(0.0, min(bar.value - bar.error for bar in bars))
-    high = max(0.0, max(bar.value + bar.error for bar in bars)) or (0.0 if low else 1.0)
-    span = _root(high) - _root(low)
-
-    def y(v: float) -> float:
-        return top + height * (_root(high) - _root(v)) / span
-
-    step = (width - left - 4) / len(bars)
-    thick = step - (2 if step > 8 else 1 if step > 4 else 0)
-    names = {"head": "heads", "cross_head": "cross-attention heads", "neurons": "neuron groups", "layer": "layers"}
-    title = f"{len(order):,} {names[kind]}, least to most important" + (f" · {tower}" if tower else "")
-    if per_bar > 1:
-        title += f" (a bar is the mean of {per_bar} neighbours)"
-    parts = [_text(left, 11, title, cls="name")]
-    for tick in _ticks(low, high, height):
-        cls = "axis" if tick == 0 else "grid"
-        parts.append(f'<path class="{cls}" d="M{left:.1f} {y(tick):.1f}H{width:.1f}"/>')
-        parts.append(_text(left - 6, y(tick) + 3.5, number(tick), "end", "small"))
-    whiskers = []
-    for n, bar in enumerate(bars):
-        x = left + n * step
-        upper, lower = min(y(bar.value), y(0)), max(y(bar.value), y(0))
-        h = max(lower - upper, 0.8)
-        parts.append(_rect(x, upper, thick, h, "z" if bar.removed else "kept", bar.title))
-        if 0 < bar.removed < 1:
-            parts.append(_rect(x, upper, thick, h * (1 - bar.removed), "kept"))
-        if bar.removed:
-            parts.append(_rect(x, upper + h * (1 - bar.removed), thick, h * bar.removed, "", fill="url(#hatch)"))
-        if bar.error:
-            whiskers.append(f"M{x + thick / 2:.1f} {y(bar.value + bar.error):.1f}V{y(bar.value - bar.error):.1f}")
-    parts.append(f'<path class="{"error" if thick > 4 else "error thin"}" d="{"".join(whiskers)}"/>')
-    removed = sum(share > 0 for share in shares)
-    if 0 < removed < len(order) and all(share > 0 for share in shares[:removed]):
-        x = left + removed / per_bar * step - (step - thick) / 2
-        parts.append(f'<path class="cutline" d="M{x:.1f} {top:.1f}V{top + height:.1f}"/>')
-        parts.append(_text(x + 5, top + 10, "cut", cls="ink small"))
-    if step >= 11 and per_bar == 1:
-        labels = [str(scores.modules[i]) for i in order]
-        foot = 20.0 + 4.4 * max(map(len, labels))
-        parts += [
-            f'<text class="small" text-anchor="end" transform="translate({left + n * step + thick / 2 + 3:.1f} '
-            f'{top + height + 9:.1f}) rotate(-60)">{escape(label)}</text>'
-            for n, label in enumerate(labels)
-        ]
-    return Figure(_svg(width, top + height + foot, f"ranking of {names[kind]} {tower or ''}", parts))
+    figure = _figure(f"{len(order):,} {KINDS[kind]}, least to most important", 3)
+    axes = figure.subplots()
+    axes.use_sticky_edges = False
+    axes.set_rasterization_zorder(2 if len(order) > 500 else None)  # a picture is smaller than so many steps
+    edges = np.arange(len(order) + 1) - 0.5
+    kept = value * (1 - share)
+    axes.stairs(kept, edges, fill=True, color=_KEPT)
+    axes.stairs(value, edges, baseline=kept, fill=True, **_GONE)
+    axes.stairs(value + error, edges, baseline=value - error, fill=True, color=_INK, alpha=0.35)
+    axes.axhline(0, color=_INK, linewidth=0.8)
+    cut = int((share > 0).sum())
+    if 0 < cut < len(order) and share[:cut].all():
+        axes.axvline(cut - 0.5, color=_INK, linewidth=1, linestyle="--")
+        axes.annotate(" cut", (cut - 0.5, 1), xycoords=("data", "axes fraction"), va="top")
+    axes.set_yscale("function", functions=(_root, _square))
+    axes.set(xlim=(edges[0], edges[-1]), ylabel="importance")
+    axes.grid(axis="y")
+    names = [str(scores.modules[i]) for i in order] if len(order) <= 64 else []
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    return figure
 
 
-@dataclass(frozen=True)
-class _Bar:
-    value: float
-    error: float
-    removed: float
-    title: str
-
-
-def _bar(scores: Scores, positions: list[int], shares: list[float]) -> _Bar:
-    count = len(positions)
-    values = [float(scores.value[i]) for i in positions]
-    errors = [error if math.isfinite(error) else 0.0 for error in (float(scores.error[i]) for i in positions)]
-    value, error, removed = sum(values) / count, sum(errors) / count, sum(shares) / count
-    first = scores.modules[positions[0]]
-    title = (
-        describe(first, value, error, removed)
-        if count == 1
-        else f"{count} from {first} on: {number(value)} ± {number(error)}, {removed:.0%} removed"
-    )
-    return _Bar(value, error, removed, title)
-
-
-def _root(value: float) -> float:
-    return math.copysign(math.sqrt(abs(value)), value)
-
-
-# ---- what was cut ---------------------------------------------------------------------------------------------------
-
-
-def cut(plan: Plan, *, tower: str, kind: str = "head", width: float = 430) -> Figure:
-    """Units kept and removed in every block of a tower; a removed block is hatched over its whole height."""
-    counts = [block.get(kind, 0) for block in plan.shape[tower]]
-    if not any(counts):
-        raise ValueError(f"plan: tower {tower!r} has no units of kind {kind!r}")
-    names = {"head": "heads", "cross_head": "cross-attention heads", "neurons": "neurons"}
-    left, top, height = 38.0, 34.0, 104.0
-    step = min(46.0, (width - left) / len(counts))
-    bar = step - (4 if step > 14 else 1.5)
-    tallest = max(counts)
-    kept_total = 0
-    parts = []
-    for layer, total in enumerate(counts):
-        whole = layer in plan.layers.get(tower, [])
-        gone = total if whole else len(plan.removed(tower, kind, layer))
-        kept_total += total - gone
-        x = left + layer * step
-        full, cut_h = height * total / tallest, height * gone / tallest
-        title = f"{tower}.{layer}: {total - gone} of {total} {names[kind]} kept" + (" (layer removed)" if whole else "")
-        parts.append(_rect(x, top + height - full + cut_h, bar, full - cut_h, "kept", title))
-        if gone:
-            parts.append(_rect(x, top + height - full, bar, cut_h, "z", title))
-            parts.append(_rect(x, top + height - full, bar, cut_h, "", fill="url(#hatch)"))
-            parts.append(_rect(x + 0.5, top + height - full + 0.5, bar - 1, full - 1, "frame"))
-        if bar >= 6 * len(str(tallest)):
-            parts.append(_text(x + bar / 2, top + height - full - 4, str(total - gone), "middle", "small ink"))
-    every = _every(len(counts), len(counts) * step, 18)
-    parts += [
-        _text(left + layer * step + bar / 2, top + height + 13, str(layer), "middle", "small")
-        for layer in range(0, len(counts), every)
-    ]
-    parts.append(_text(left - 6, top + height + 13, "layer", "end", "small"))
-    parts.append(f'<path class="axis" d="M{left:.1f} {top + height + 0.5:.1f}H{left + len(counts) * step:.1f}"/>')
-    title = f"{tower} · {kept_total:,} of {sum(counts):,} {names[kind]} kept"
-    parts.insert(0, _text(left, 11, title, cls="name"))
-    return Figure(_svg(max(left + len(counts) * step, left + 6.6 * len(title)), top + height + 20, title, parts))
-
-
-def kinds_of(scores: Scores) -> list[str]:
-    """The kinds that were scored, heads first."""
-    present = {m.kind for m in scores.modules}
-    return [kind for kind in ("head", "cross_head", "neurons", "layer") if kind in present]
-
-
-def towers_of(scores: Scores, kind: str) -> Sequence[str]:
-    """The towers in which a kind was scored, in the order of the scores."""
-    return list(dict.fromkeys(m.tower for m in scores.modules if m.kind == kind))
+@_style()
+def cut(plan: Plan) -> Figure:
+    """Units kept in every block, a row of panels a tower; removed ones are hatched."""
+    kinds = [kind for kind in UNITS if any(block.get(kind) for blocks in plan.shape.values() for block in blocks)]
+    figure = _figure("Units kept in every block", 1.7 * len(plan.shape) + 0.4)
+    panels = figure.subplots(len(plan.shape), len(kinds), squeeze=False)
+    for row, (tower, blocks) in zip(panels, plan.shape.items(), strict=True):
+        for axes, kind in zip(row, kinds, strict=True):
+            total = np.array([block.get(kind, 0) for block in blocks])
+            layers = range(len(total))
+            kept = total - [len(plan.removed(tower, kind, layer)) for layer in layers]
+            kept[plan.layers.get(tower, [])] = 0
+            axes.set_visible(total.any())
+            axes.bar(layers, kept, color=_KEPT)
+            gone = axes.bar(layers, total - kept, bottom=kept, **_GONE)
+            axes.set(title=f"{tower}: {kept.sum():,} of {total.sum():,} {UNITS[kind]} kept", xlabel="layer")
+            axes.locator_params(integer=True)
+            if len(kinds) * len(total) * len(str(total.max())) <= 100:
+                axes.bar_label(gone, [str(n) for n in kept], fontsize=7)
+                axes.margins(y=0.15)
+    return figure

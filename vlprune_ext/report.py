@@ -18,20 +18,7 @@ import transformers
 from . import __version__, zoo
 from ._native import build_info
 from .checkpoint import RECORD
-from .figures import (
-    NOTHING,
-    STYLE,
-    Figure,
-    column,
-    cut,
-    heat_map,
-    kinds_of,
-    minus,
-    number,
-    ranking,
-    removed_shares,
-    towers_of,
-)
+from .figures import KINDS, NOTHING, UNITS, column, cut, heat_map, minus, number, ranking, removed_shares, svg
 from .methods import METHODS
 from .plan import Plan, Scores, write_text
 
@@ -242,9 +229,8 @@ def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: 
     return environment.get_template("report.html.j2").render(
         title=title or f"Pruning by {method_name(result)}",
         lede=_lede(result, plan),
-        figure_style=STYLE,
         table=table,
-        cuts=_cuts(plan),
+        cut=svg(cut(plan)),
         layers_removed=_layers_removed(plan),
         importance=_importance(scores, plan) if scores is not None else [],
         extremes=extremes(scores, plan) if scores is not None else [],
@@ -268,7 +254,7 @@ def _count(plan: Plan, kind: str) -> tuple[int, int]:
 def cut_summary(plan: Plan) -> str:
     """ "12 of 24 heads, 768 of 1,536 neurons and 2 of 10 layers"."""
     parts = []
-    for kind, word in (("head", "heads"), ("cross_head", "cross-attention heads"), ("neurons", "neurons")):
+    for kind, word in UNITS.items():
         removed, total = _count(plan, kind)
         if removed:
             parts.append(f"{removed:,} of {total:,} {word}")
@@ -313,44 +299,26 @@ def _table_note(result: Any, keys: list[str]) -> str:
     return " ".join(notes)
 
 
-def _cuts(plan: Plan) -> list[list[Figure]]:
-    groups = []
-    for tower, blocks in plan.shape.items():
-        kinds = [k for k in ("head", "cross_head", "neurons") if any(b.get(k) for b in blocks)]
-        touched = plan.layers.get(tower) or any(plan.units(k).get(tower) for k in kinds)
-        if touched:
-            wide = len(blocks) > 24
-            groups.append([cut(plan, tower=tower, kind=k, width=850 if wide else 410) for k in kinds])
-    return groups
-
-
 def _layers_removed(plan: Plan) -> str:
     return "; ".join(f"{t} {', '.join(map(str, sorted(gone)))}" for t, gone in plan.layers.items() if gone)
 
 
+def _kinds(scores: Scores) -> list[str]:
+    return [kind for kind in KINDS if scores.where(kind=kind)]
+
+
 def _importance(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
-    titles = {
-        "head": "Attention heads",
-        "cross_head": "Cross-attention heads",
-        "neurons": "Neuron groups",
-        "layer": "Layers",
-    }
-    sections = []
-    for kind in kinds_of(scores):
-        towers = towers_of(scores, kind)
-        maps = [] if kind == "layer" else [heat_map(scores, plan, tower=t, kind=kind, width=850) for t in towers]
-        sections.append(
-            {
-                "title": titles[kind],
-                "text": _what_scores_are(scores),
-                "maps": maps,
-                "map_caption": "Layers from top to bottom; colour on a square-root scale shared by the towers. "
-                "Blue: the model needs it. Orange: the model is better without it. Hatched: removed.",
-                "rankings": [ranking(scores, plan, kind=kind, width=850)],
-                "ranking_caption": _ranking_caption(scores, plan, kind),
-            }
-        )
-    return sections
+    return [
+        {
+            "title": KINDS[kind].capitalize(),
+            "text": _what_scores_are(scores),
+            "measured": _measured(scores),
+            "map": "" if kind == "layer" else svg(heat_map(scores, plan, kind=kind)),
+            "ranking": svg(ranking(scores, plan, kind=kind)),
+            "ranking_caption": _ranking_caption(scores, plan, kind),
+        }
+        for kind in _kinds(scores)
+    ]
 
 
 def _what_scores_are(scores: Scores) -> str:
@@ -368,7 +336,7 @@ def _measured(scores: Scores) -> bool:
 def _ranking_caption(scores: Scores, plan: Plan, kind: str) -> str:
     text = "Square-root scale."
     if _measured(scores):
-        text = f"Lines are ± one standard error of the mean, from paired differences per sample. {text}"
+        text = f"Shaded: ± one standard error of the mean, from paired differences per sample. {text}"
     order = scores.ranking(kind=kind)
     shares = removed_shares(scores, plan)
     gone = [shares[i] > 0 for i in order]
@@ -412,12 +380,11 @@ def indistinguishable(scores: Scores) -> str:
     if scores.samples is None:
         return ""
     parts = []
-    for kind in kinds_of(scores):
+    for kind in _kinds(scores):
         order = scores.ranking(kind=kind)
         if len(order) > 1:
             pairs = scores.indistinguishable(order)
-            word = {"head": "head", "cross_head": "cross-attention head", "neurons": "neuron group", "layer": "layer"}
-            parts.append(f"{len(pairs)} of {len(order) - 1} neighbouring {word[kind]}s")
+            parts.append(f"{len(pairs)} of {len(order) - 1} neighbouring {KINDS[kind]}")
     if not parts:
         return ""
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
