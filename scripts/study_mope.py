@@ -55,6 +55,7 @@ def variants() -> dict[str, tuple[type, dict]]:
         "the same, groups of 16, rewired": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 16, "rewire": True}),
         "the same, one budget for heads and neurons": (vp.MoPE, {**stepwise, **glob, "compete": True}),
         "the same, 12 steps": (vp.MoPE, {**glob, "steps": 12}),
+        "the same, 24 steps": (vp.MoPE, {**glob, "steps": 24}),
         "Taylor, groups of 16, 6 steps": (vp.Taylor, {**stepwise, **glob, "neurons_per_group": 16}),
     }
     named = {name: (method, {**fields, "towers": VISION}) for name, (method, fields) in table.items()}

@@ -126,7 +126,7 @@ class Stage:
 # What a digit is, is the hard part: random scenes are told apart by colours and places, and teach little of it.
 CLIP_DIGITS = (
     Stage(steps=500, batch=128, objects=(1,), alike=8, rate=1e-3),
-    Stage(steps=700, batch=128, objects=(1, 2, 3, 4), alike=4, rate=1e-3),
+    Stage(steps=1800, batch=128, objects=(1, 2, 3, 4), alike=4, rate=1e-3),
 )
 
 

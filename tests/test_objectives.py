@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import vlprune_ext as vp
 from vlprune_ext.anatomy import describe
-from vlprune_ext.objectives import OBJECTIVES, Contrastive, LMLoss, Retrieval, ZeroShot, objective_named
+from vlprune_ext.objectives import OBJECTIVES, Contrastive, LMLoss, Part, Retrieval, ZeroShot, objective_named
 
 
 @pytest.fixture
@@ -178,3 +178,41 @@ def test_data_that_does_not_fit():
     no_classes = replace(tiny.retrieval_data("clip", clip, 3), classes=None)
     with pytest.raises(ValueError, match="no class labels"):
         vp.evaluate(clip, no_classes, "zero_shot")
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+@pytest.mark.parametrize("name", ["contrastive", "margin", "recall@1", "zero_shot"])
+def test_a_part_that_is_everything(clip, tower, name):
+    """In any order, the values of all images are those without a part."""
+    anatomy, data = clip
+    if name == "zero_shot" and tower == "text":
+        return  # class prompts are no part of the images
+    objective = objective_named(name)
+    with torch.no_grad():
+        outputs = objective.run(anatomy, tower, data, 5)
+        other = objective.other(anatomy, tower, data, 5)
+    whole = objective.values(anatomy, tower, outputs, other, data)
+    order = torch.randperm(data.n_images)
+    rows = order if tower == "vision" else data.texts_of(order)[0]
+    part = Part(order, torch.ones(len(order)))
+    values = objective.values(anatomy, tower, outputs[rows], other, data, part)
+    torch.testing.assert_close(values, whole[order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_part_stands_for_the_rest(clip, tower):
+    """Cross-entropy over some images, each standing for two or three, is near that over all of them."""
+    anatomy, data = clip
+    objective = Contrastive()
+    with torch.no_grad():
+        outputs = objective.run(anatomy, tower, data, 5)
+        other = objective.other(anatomy, tower, data, 5)
+    whole = objective.values(anatomy, tower, outputs, other, data)
+    totals = []
+    for seed in range(200):
+        order = torch.randperm(data.n_images, generator=torch.Generator().manual_seed(seed))[:5]
+        rows = order if tower == "vision" else data.texts_of(order)[0]
+        part = Part(order, torch.full((5,), (data.n_images - 1) / 4))  # four negatives stand for all but one
+        totals.append(objective.values(anatomy, tower, outputs[rows], other, data, part).mean())
+    spread = torch.stack(totals).std()
+    assert abs(torch.stack(totals).mean() - whole.mean()) < 0.5 * spread

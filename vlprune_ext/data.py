@@ -148,18 +148,27 @@ class Data:
             )
         if len(torch.unique(index)) != len(index):
             raise ValueError("the indices of a subset name an image twice, expected each at most once")
-        place = torch.full((self.n_images,), -1, device=device)  # [I], where an image goes
-        place[index] = torch.arange(len(index), device=device)
-        owner = place[self.image_of_text]  # [T]
-        order = torch.argsort(owner, stable=True)
-        rows = order[owner[order] >= 0]
+        rows, owner = self.texts_of(index)
         return replace(
             self,
             images={key: self._image_rows(value, index) for key, value in self.images.items()},
             texts={key: value[rows] for key, value in self.texts.items()},
-            image_of_text=owner[rows],
+            image_of_text=owner,
             labels=None if self.labels is None else self.labels[index],
         )
+
+    def texts_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(the texts [K] int64 of some images [n] int64, image by image; the position [K] in ``images`` of each one's).
+
+        Texts of one image keep their order.
+        """
+        device = self.image_of_text.device
+        place = torch.full((self.n_images,), -1, device=device)  # [I], where an image goes
+        place[images.to(device)] = torch.arange(len(images), device=device)
+        owner = place[self.image_of_text]  # [T]
+        order = torch.argsort(owner, stable=True)
+        rows = order[owner[order] >= 0]
+        return rows, owner[rows]
 
     def batch(self, text_index: int | slice | Sequence[int] | Tensor) -> dict[str, Tensor]:
         """The texts asked for and, row by row, the image of each: the keyword arguments of a model's forward.

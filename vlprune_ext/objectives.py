@@ -31,6 +31,14 @@ def _rows(inputs: Inputs, batch_size: int) -> Iterator[Inputs]:
         yield {name: value[start : start + batch_size] for name, value in inputs.items()}
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some images of the data [n] int64, and how many images each of them stands for [n]."""
+
+    images: Tensor
+    weight: Tensor
+
+
 class Objective(ABC):
     """One way to judge a model. Subclasses are stateless: one object serves any model and data."""
 
@@ -51,11 +59,29 @@ class Objective(ABC):
         """[B, ...]: what is read off the model for each row."""
 
     @abstractmethod
-    def values(self, anatomy: Anatomy, tower: str, outputs: Tensor, other: Tensor | None, data: Data) -> Tensor:
-        """[S] float32: the value of each sample, from the outputs [N, ...] of all rows.
+    def values(
+        self,
+        anatomy: Anatomy,
+        tower: str,
+        outputs: Tensor,
+        other: Tensor | None,
+        data: Data,
+        part: Part | None = None,
+    ) -> Tensor:
+        """[S] float32: the value of each sample, from the outputs [N, ...] of the tower's rows.
 
         other  what `other` returned for this tower
+        part   the images whose rows ``outputs`` holds, in that order; values are those of their samples, and what these
+               are compared with is estimated from what is there. None: all
         """
+
+    @abstractmethod
+    def sample_of_row(self, tower: str, data: Data) -> Tensor | None:
+        """[N] int64: the sample that each row of a tower belongs to; None where rows serve all samples."""
+
+    @abstractmethod
+    def samples(self, data: Data, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(the samples [K] of some images [n] int64, in that order; the position [K] in ``images`` of each one's)."""
 
     def other(self, anatomy: Anatomy, tower: str, data: Data, batch_size: int) -> Tensor | None:
         """What `values` needs of the towers that do not change."""
@@ -73,13 +99,26 @@ class Objective(ABC):
 # --- dual encoders ---------------------------------------------------------------------------------------------------
 
 
-def _positives(data: Data) -> Tensor:
-    """[I, P] int64: the texts of every image, padded with -1."""
-    owner = data.image_of_text
-    counts = torch.bincount(owner, minlength=data.n_images)
+@dataclass(frozen=True)
+class _Search:
+    """One direction of retrieval.
+
+    query [N, E], gallery [M, E], positive [N, P] int64 padded with -1
+    weight [M]  how many items each negative of the gallery stands for; None: one, the gallery is complete
+    """
+
+    query: Tensor
+    gallery: Tensor
+    positive: Tensor
+    weight: Tensor | None = None
+
+
+def _positives(owner: Tensor, n_images: int) -> Tensor:
+    """[T] image of each text -> [I, P] int64: the texts of every image, padded with -1."""
+    counts = torch.bincount(owner, minlength=n_images)
     order = torch.sort(owner, stable=True).indices
     start = counts.cumsum(0) - counts
-    table = torch.full((data.n_images, int(counts.max())), -1, dtype=torch.long, device=owner.device)
+    table = torch.full((n_images, int(counts.max())), -1, dtype=torch.long, device=owner.device)
     column = torch.arange(len(owner), device=owner.device) - start[owner[order]]
     table[owner[order], column] = order
     return table
@@ -120,6 +159,12 @@ class _DualEncoder(Objective):
         """[M, E]: the other tower's embeddings."""
         return self.run(anatomy, "text" if tower == "vision" else "vision", data, batch_size)
 
+    def sample_of_row(self, tower: str, data: Data) -> Tensor | None:
+        return torch.arange(data.n_images) if tower == "vision" else data.image_of_text.cpu()
+
+    def samples(self, data: Data, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, torch.arange(len(images))
+
     def _pair(self, tower: str, outputs: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """(image embeddings, text embeddings), whichever of the two was run."""
         return (outputs, other) if tower == "vision" else (other, outputs)
@@ -132,14 +177,36 @@ class _DualEncoder(Objective):
             return image, text
 
 
-def _per_image(per_text: Tensor, data: Data) -> Tensor:
+class _Ranking(_DualEncoder):
+    """Objectives that look for texts by image and for images by text."""
+
+    def _searches(
+        self, tower: str, outputs: Tensor, other: Tensor, data: Data, part: Part | None
+    ) -> tuple[_Search, _Search, Tensor]:
+        """(texts for each image, images for each text, the image of each text); images are those of ``part``.
+
+        The other tower's side of a search is always complete. What is there of this tower's side stands for all of it.
+        """
+        image, text = self._pair(tower, outputs, other)
+        owner = data.image_of_text.to(image.device)
+        if part is None:
+            return _Search(image, text, _positives(owner, data.n_images)), _Search(text, image, owner[:, None]), owner
+        images, weight = part.images.to(image.device), part.weight.to(image)
+        texts, local = (t.to(image.device) for t in data.texts_of(part.images))
+        if tower == "vision":
+            to_text = _Search(image, text, _positives(owner, data.n_images)[images])
+            return to_text, _Search(text[texts], image, local[:, None], weight), local
+        to_text = _Search(image[images], text, _positives(local, len(images)), weight[local])
+        return to_text, _Search(text, image, owner[texts][:, None]), local
+
+
+def _per_image(per_text: Tensor, owner: Tensor, n_images: int) -> Tensor:
     """[T] -> [I], scaled so that the mean over images is the mean over texts."""
-    owner = data.image_of_text.to(per_text.device)
-    return per_text.new_zeros(data.n_images).index_add(0, owner, per_text) * (data.n_images / len(data))
+    return per_text.new_zeros(n_images).index_add(0, owner, per_text) * (n_images / len(owner))
 
 
 @dataclass
-class Retrieval(_DualEncoder):
+class Retrieval(_Ranking):
     """Recall@k in both directions: the mean over ``at`` and over image-to-text and text-to-image.
 
     The kind of Z that MoPE-CLIP uses (arXiv 2403.07839, section 3.1). Ties count as found.
@@ -154,20 +221,22 @@ class Retrieval(_DualEncoder):
             raise ValueError(f"at: {self.at}, expected ranks of at least 1")
         self.name = f"recall@{self.at[0]}" if len(self.at) == 1 else "retrieval"
 
-    def ranks(self, image: Tensor, text: Tensor, data: Data) -> tuple[Tensor, Tensor]:
-        """Ranks of the best positive: of the texts for each image [I], of the image for each text [T]."""
-        device = image.device
-        to_text = retrieval_rank(image, text, _positives(data).to(device))
-        to_image = retrieval_rank(text, image, data.image_of_text.to(device))
-        return to_text, to_image
+    @staticmethod
+    def _ranks(search: _Search) -> Tensor:
+        """[N]: how many items of the gallery score higher than the query's best positive."""
+        rank = retrieval_rank(search.query, search.gallery, search.positive)
+        return rank if search.weight is None else rank * search.weight.mean()
 
-    def values(self, anatomy, tower, outputs, other, data) -> Tensor:
-        to_text, to_image = self.ranks(*self._pair(tower, outputs, other), data)
-        hits = [((to_text < k).float() + _per_image((to_image < k).float(), data)) / 2 for k in self.at]
+    def values(self, anatomy, tower, outputs, other, data, part=None) -> Tensor:
+        *searches, owner = self._searches(tower, outputs, other, data, part)
+        to_text, to_image = (self._ranks(search) for search in searches)
+        count = len(to_text)
+        hits = [((to_text < k).float() + _per_image((to_image < k).float(), owner, count)) / 2 for k in self.at]
         return torch.stack(hits).mean(0)
 
     def report(self, anatomy, data, batch_size) -> dict[str, float]:
-        to_text, to_image = self.ranks(*self._embeddings(anatomy, data, batch_size), data)
+        *searches, _ = self._searches("vision", *self._embeddings(anatomy, data, batch_size), data, None)
+        to_text, to_image = (self._ranks(search) for search in searches)
         result: dict[str, float] = {}
         for k in self.at:
             both = [(ranks < k).double().mean().item() for ranks in (to_text, to_image)]
@@ -177,7 +246,7 @@ class Retrieval(_DualEncoder):
 
 
 @dataclass
-class Contrastive(_DualEncoder):
+class Contrastive(_Ranking):
     """Smooth stand-ins for recall.
 
     loss  "cross_entropy": minus the symmetric contrastive cross-entropy of the whole set at the model's temperature;
@@ -192,30 +261,33 @@ class Contrastive(_DualEncoder):
             raise ValueError(f"loss: {self.loss!r}, expected 'cross_entropy' or 'margin'")
         self.name = "contrastive" if self.loss == "cross_entropy" else "margin"
 
-    def values(self, anatomy, tower, outputs, other, data) -> Tensor:
-        image, text = (x.float() for x in self._pair(tower, outputs, other))
-        owner = data.image_of_text.to(image.device)
-        positive = _positives(data).to(image.device)
+    def values(self, anatomy, tower, outputs, other, data, part=None) -> Tensor:
+        *searches, owner = self._searches(tower, outputs.float(), other.float(), data, part)
         scale = _temperature(anatomy.model)
-        to_text = self._direction(image, text, positive, scale)
-        to_image = self._direction(text, image, owner[:, None], scale)
-        return (to_text + _per_image(to_image, data)) / 2
+        to_text, to_image = (self._direction(search, scale) for search in searches)
+        return (to_text + _per_image(to_image, owner, len(to_text))) / 2
 
-    def _direction(self, query: Tensor, gallery: Tensor, positive: Tensor, scale: Tensor | float) -> Tensor:
+    def _direction(self, search: _Search, scale: Tensor | float) -> Tensor:
         """[N]: value of each query; a few rows of the N x M score matrix at a time."""
         values = []
-        step = max(1, _LOGIT_BYTES // (4 * len(gallery)))
-        for start in range(0, len(query), step):
-            scores = query[start : start + step] @ gallery.T
-            index = positive[start : start + step]
+        step = max(1, _LOGIT_BYTES // (4 * len(search.gallery)))
+        for query, index in zip(search.query.split(step), search.positive.split(step), strict=True):
+            scores = query @ search.gallery.T
             real = index >= 0
             own = scores.gather(1, index.clamp(min=0)).masked_fill(~real, -torch.inf)
-            if self.loss == "cross_entropy":
+            weight = search.weight
+            if self.loss == "cross_entropy" and weight is None:
                 values.append((own * scale).logsumexp(1) - (scores * scale).logsumexp(1))
+                continue
+            taken = torch.zeros_like(scores, dtype=torch.bool)
+            taken[real.nonzero()[:, 0], index[real]] = True
+            negative = scores.masked_fill(taken, -torch.inf)
+            if weight is not None and self.loss == "cross_entropy":
+                positive = (own * scale).logsumexp(1)
+                rest = (negative * scale + weight.log()).logsumexp(1)
+                values.append(positive - torch.logaddexp(positive, rest))
             else:
-                taken = torch.zeros_like(scores, dtype=torch.bool)
-                taken[real.nonzero()[:, 0], index[real]] = True
-                values.append(own.amax(1) - scores.masked_fill(taken, -torch.inf).amax(1))
+                values.append(own.amax(1) - negative.amax(1))
         return torch.cat(values)
 
     def report(self, anatomy, data, batch_size) -> dict[str, float]:
@@ -247,8 +319,12 @@ class ZeroShot(_DualEncoder):
     def _texts(self, data: Data) -> Inputs:
         return self._classes(data)[0].texts
 
-    def values(self, anatomy, tower, outputs, other, data) -> Tensor:
+    def sample_of_row(self, tower: str, data: Data) -> Tensor | None:
+        return super().sample_of_row(tower, data) if tower == "vision" else None  # a class prompt serves all images
+
+    def values(self, anatomy, tower, outputs, other, data, part=None) -> Tensor:
         classes, labels = self._classes(data)
+        labels = labels if part is None else labels[part.images.to(labels.device)]
         image, prompt = self._pair(tower, outputs, other)
         owner = classes.class_of_prompt.to(image.device)
         centres = prompt.new_zeros(len(classes), prompt.shape[1]).index_add(0, owner, prompt)
@@ -311,8 +387,15 @@ class LMLoss(Objective):
         total = hidden.new_zeros(len(labels), dtype=torch.float32).index_add(0, sample, torch.cat(losses))
         return -total / torch.bincount(sample, minlength=len(labels))
 
-    def values(self, anatomy, tower, outputs, other, data) -> Tensor:
+    def values(self, anatomy, tower, outputs, other, data, part=None) -> Tensor:
         return outputs
+
+    def sample_of_row(self, tower: str, data: Data) -> Tensor:
+        return torch.arange(len(data))
+
+    def samples(self, data: Data, images: Tensor) -> tuple[Tensor, Tensor]:
+        texts, position = data.texts_of(images)
+        return texts.cpu(), position.cpu()
 
     @torch.no_grad()
     def report(self, anatomy, data, batch_size) -> dict[str, float]:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from .anatomy import KINDS, Anatomy, describe
 from .data import Data
+from .gates import gate_slopes, slope_of
 from .interventions import DropHead, DropLayer, DropNeurons, Intervention
-from .objectives import Objective, objective_named
+from .objectives import Objective, Part, objective_named
 from .patch import Patches, evaluation_mode
 from .plan import Module, Plan, Scores
+from .racing import Pools, Race, chances, draw, rounds, sizes
 from .replay import Progress, Replay
 from .surgery import masked
 
 Groups = dict[str, dict[int, list[list[int]]]]  # tower -> layer -> group -> neurons
-# The cut a removal makes: (modules, values, costs) -> [(positions that compete, how many of them go), ...]
-Pools = list[tuple[list[int], int]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def score(
     plan: Plan | None = None,
     exact: bool = True,
     pools: Callable[[list[Candidate], Tensor], Pools] | None = None,
-    confidence: float = 2.0,
+    confidence: float = 1.5,
     batch_size: int = 32,
     stacked_rows: int | None = None,
     progress: Progress | None = None,
@@ -153,7 +153,7 @@ def score(
     groups             the groups themselves, instead of the two fields above
     plan               what is already removed; scores are those of the model without it, which is not changed
     exact              False stops early on modules whose side of the cut is decided; ``pools`` says where the cut is
-                       (a module counts as decided ``confidence`` paired standard errors away from it)
+                       (a module counts as decided ``confidence`` standard errors away from it)
     stacked_rows       rows that run through the model's suffix at once; None measures what is fastest
 
     In fp32 every score equals the naive one (change the model, run all of it) up to rounding. The model is not changed.
@@ -183,17 +183,15 @@ def score(
     with masked(model, plan or Plan(anatomy.shape())), evaluation_mode(model):
         if exact or pools is None:
             drops, dense = judge.all_samples(found, data)
+            value, error = drops.double().mean(1), _standard_error(drops.double())
         else:
-            drops, dense = judge.race(found, data, pools, confidence)
-    count = (~drops.isnan()).sum(1)
-    value = drops.double().nanmean(1)
-    spread = (drops.double() - value[:, None]).square().nansum(1) / (count - 1).clamp(min=1)
-    error = torch.where(count > 1, (spread / count).sqrt(), torch.full_like(value, math.inf))
+            race, dense = judge.race(found, data, pools, confidence)
+            drops, value, error = race.drops.float(), race.mean, race.error()
     return Scores(
         modules=[c.module for c in found],
         value=value,
         error=error,
-        count=count,
+        count=(~drops.isnan()).sum(1),
         cost=torch.tensor([float(c.cost) for c in found], dtype=torch.float64),
         objective=objective.name,
         dense=dense,
@@ -216,6 +214,16 @@ class _Judge:
     progress: Progress | None
     block_runs: int = 0
 
+    def _gone(self, tower: str) -> Sequence[int]:
+        return self.plan.layers.get(tower, ()) if self.plan else ()
+
+    def _other(self, tower: str, data: Data) -> Tensor | None:
+        return self.objective.other(self.anatomy, tower, data, self.batch_size)
+
+    def _values(self, tower: str, outputs: Tensor, other: Tensor | None, data: Data, part: Part | None = None):
+        """[S] float64, on the CPU."""
+        return self.objective.values(self.anatomy, tower, outputs, other, data, part).float().cpu().double()
+
     def _walk(self, tower: str, interventions: list[Intervention], data: Data):
         replay = Replay(
             self.anatomy,
@@ -223,7 +231,7 @@ class _Judge:
             self.objective.batches(self.anatomy, tower, data, self.batch_size),
             lambda _, inputs: self.objective.outputs(self.anatomy, tower, inputs),
             stacked_rows=self.stacked_rows,
-            skip_layers=self.plan.layers.get(tower, ()) if self.plan else (),
+            skip_layers=self._gone(tower),
             progress=self.progress,
         )
         yield from replay.walk(interventions)
@@ -237,16 +245,13 @@ class _Judge:
         dense_value = math.nan
         for tower, positions in _by_tower(found).items():
             left: dict[int, Tensor] = {}  # the objective without each module
-            other = self.objective.other(self.anatomy, tower, data, self.batch_size)
-
-            def value(outputs: Tensor, tower=tower, other=other) -> Tensor:
-                return self.objective.values(self.anatomy, tower, outputs, other, data).float().cpu()
-
+            other = self._other(tower, data)
             for ids, outputs in self._walk(tower, [found[i].intervention for i in positions], data):
                 if ids is not None:
-                    left |= {positions[i]: value(rows) for i, rows in zip(ids, outputs, strict=True)}
+                    values = [self._values(tower, rows, other, data).float() for rows in outputs]
+                    left |= {positions[i]: value for i, value in zip(ids, values, strict=True)}
                 else:
-                    dense = value(outputs)
+                    dense = self._values(tower, outputs, other, data).float()
                     _check_finite(dense, data)
                     dense_value = dense.double().mean().item()
                     drops |= {i: dense - left[i] for i in positions}
@@ -255,83 +260,92 @@ class _Judge:
     @torch.no_grad()
     def race(
         self, found: list[Candidate], data: Data, pools: Callable[[list[Candidate], Tensor], Pools], confidence: float
-    ) -> tuple[Tensor, float]:
-        """As `all_samples`, with more and more samples for fewer and fewer modules; NaN where a sample was not used.
+    ) -> tuple[Race, float]:
+        """More and more samples for fewer and fewer modules; (the race at its end, the dense objective).
 
-        After each round a module whose score is further than ``confidence`` standard errors from the cut of its pool is
-        decided. The cut lies between the last module that goes and the first that stays, among the undecided.
+        Where the objective has a gradient, first-order estimates of all drops say which samples matter, and steady the
+        means of few (`racing`).
         """
-        drops = torch.empty(len(found), 0)  # [M, S], once S is known
-        undecided = set(range(len(found)))
-        gone: set[int] = set()
-        kept_outputs: dict[int, Tensor] = {}
-        dense_outputs: dict[str, Tensor] = {}
+        objective, towers = self.objective, _by_tower(found)
+        others = {tower: self._other(tower, data) for tower in towers}
+        sample, image = objective.samples(data, torch.arange(data.n_images))
+        control = self._first_order(found, data, others, len(sample)) if objective.differentiable else None
+        unknown = torch.full((len(found), len(sample)), math.nan, dtype=torch.float64)
+        race = Race(
+            drops=unknown,
+            chance=unknown.clone(),
+            control=control,
+            strata=[(c.module.tower, c.module.kind) for c in found],
+            cost=torch.tensor([float(c.cost) for c in found], dtype=torch.float64),
+            confidence=confidence,
+        )
+        size = {tower: torch.ones(data.n_images, dtype=torch.float64) for tower in towers}
+        if control is not None:
+            for tower, positions in towers.items():
+                size[tower] = torch.zeros_like(size[tower]).index_add(0, image, sizes(control[positions])[sample])
+        order = {tower: draw(size[tower], seed) for seed, tower in enumerate(towers)}
+        kept: dict[int, Tensor] = {}  # outputs so far, under each intervention
+        dense: dict[str, Tensor] = {}  # and under none
         dense_value = math.nan
         start = 0
-        for stop in _rounds(data.n_images):
-            part = data.subset(torch.arange(start, stop))
-            seen = data.subset(stop)
-            for tower, positions in _by_tower(found).items():
-                racing = [i for i in positions if i in undecided]
-                if not racing:
+        for stop in rounds(data.n_images):
+            for tower, positions in towers.items():
+                racing = [i for i in positions if i in race.undecided]
+                # Rows that serve all samples, such as class prompts, cannot be sampled: their modules are judged once.
+                sampled = objective.sample_of_row(tower, data) is not None
+                if not racing or (start and not sampled):
                     continue
-                other = self.objective.other(self.anatomy, tower, seen, self.batch_size)
-                for ids, outputs in self._walk(tower, [found[i].intervention for i in racing], part):
+                new = data.subset(order[tower][start:stop]) if sampled else data
+                for ids, outputs in self._walk(tower, [found[i].intervention for i in racing], new):
                     if ids is None:
-                        before = dense_outputs.get(tower)
-                        dense_outputs[tower] = outputs if before is None else torch.cat([before, outputs])
+                        dense[tower] = _extended(dense.get(tower), outputs)
                     else:
-                        for i, rows in zip(ids, outputs, strict=True):
-                            before = kept_outputs.get(racing[i])
-                            kept_outputs[racing[i]] = rows if before is None else torch.cat([before, rows])
-                dense = self.objective.values(self.anatomy, tower, dense_outputs[tower], other, seen).float().cpu()
-                _check_finite(dense, seen)
-                dense_value = dense.double().mean().item()
+                        both = zip((racing[i] for i in ids), outputs, strict=True)
+                        kept |= {i: _extended(kept.get(i), rows) for i, rows in both}
+                drawn = order[tower][:stop] if sampled else torch.arange(data.n_images)
+                chance = chances(size[tower], stop)[drawn] if sampled else torch.ones(data.n_images)
+                part = Part(drawn, 1 / chance) if sampled else None
+                judged, at = objective.samples(data, drawn)
+                value = self._values(tower, dense[tower], others[tower], data, part)
+                _check_finite(value, data)
+                dense_value = value.mean().item()
                 for i in racing:
-                    value = self.objective.values(self.anatomy, tower, kept_outputs[i], other, seen).float().cpu()
-                    if not drops.numel():
-                        samples = len(dense) if stop == data.n_images else None
-                        drops = torch.full((len(found), samples or _sample_count(self, tower, data)), math.nan)
-                    drops[i, : len(value)] = dense - value
+                    race.drops[i, judged] = value - self._values(tower, kept[i], others[tower], data, part)
+                    race.chance[i, judged] = chance[at].double()
             start = stop
-            mean = drops.double().nanmean(1)
-            count = (~drops.isnan()).sum(1)
-            error = (drops.double() - mean[:, None]).square().nansum(1).div((count - 1).clamp(min=1)).div(count).sqrt()
-            for members, budget in pools(found, mean):
-                open_ = [i for i in members if i in undecided]
-                left = budget - sum(i in gone for i in members)
-                if left <= 0 or left >= len(open_):
-                    undecided -= set(open_)
-                    gone |= set(open_) if left > 0 else set()
-                    continue
-                cost = torch.tensor([float(found[i].cost) for i in open_], dtype=torch.float64)
-                importance = mean[open_] / cost
-                order = torch.sort(importance, stable=True).indices
-                cut = (importance[order[left - 1]] + importance[order[left]]) / 2
-                clear = (importance - cut).abs() > confidence * error[open_] / cost
-                for i, is_clear, below in zip(open_, clear.tolist(), (importance < cut).tolist(), strict=True):
-                    if is_clear:
-                        undecided.discard(i)
-                        kept_outputs.pop(i, None)
-                        if below:
-                            gone.add(i)
-            if not undecided:
+            race.estimate()
+            race.decide(pools(found, race.mean))
+            kept = {i: rows for i, rows in kept.items() if i in race.undecided}
+            if not race.undecided:
                 break
-        return drops, dense_value
+        return race, dense_value
+
+    def _first_order(
+        self, found: list[Candidate], data: Data, others: dict[str, Tensor | None], samples: int
+    ) -> Tensor | None:
+        """[M, S]: what the slopes in the modules' gates say of each sample's drop."""
+        estimate = torch.zeros(len(found), samples)
+        for tower, positions in _by_tower(found).items():
+            owner = self.objective.sample_of_row(tower, data)
+            if owner is None:
+                return None
+            gone = self._gone(tower)
+            slopes = gate_slopes(self.anatomy, self.objective, tower, data, others[tower], self.batch_size, gone)
+            for i in positions:
+                estimate[i].index_add_(0, owner, slope_of(slopes, found[i].intervention).float())
+            # Two runs forward, and one back that computes no gradients of weights.
+            self.block_runs += 3 * len(owner) * (len(self.anatomy.tower(tower)) - len(gone))
+        return estimate.double()
 
 
-def _sample_count(judge: _Judge, tower: str, data: Data) -> int:
-    return len(data) if judge.objective.name == "lm_loss" else data.n_images
+def _standard_error(drops: Tensor) -> Tensor:
+    """[M, S] -> [M]; infinite for a single sample."""
+    samples = drops.shape[1]
+    return drops.std(1) / math.sqrt(samples) if samples > 1 else torch.full((len(drops),), math.inf)
 
 
-def _rounds(total: int) -> list[int]:
-    """Sample counts after each round of a race: from a sixteenth (at least 16) of the data, doubling."""
-    stop = max(16, math.ceil(total / 16))
-    stops = []
-    while stop < total:
-        stops.append(stop)
-        stop *= 2
-    return [*stops, total]
+def _extended(before: Tensor | None, rows: Tensor) -> Tensor:
+    return rows if before is None else torch.cat([before, rows])
 
 
 def _by_tower(found: list[Candidate]) -> dict[str, list[int]]:

@@ -17,12 +17,12 @@ class MoPE(Structured):
     validation data; docs/mope.md shows what each choice is worth.
 
     exact         False stops judging a module once its side of the cut is decided
-    confidence    paired standard errors from the cut at which a module counts as decided
+    confidence    standard errors from the cut at which a module counts as decided
     stacked_rows  rows that run through the model's suffix at once; None measures what is fastest
     """
 
     exact: bool = True
-    confidence: float = 2.0
+    confidence: float = 1.5
     stacked_rows: int | None = None
 
     def importance(self, task: Task) -> Scores:

@@ -17,8 +17,9 @@ from ..anatomy import Anatomy, describe
 from ..data import Data
 from ..objectives import Objective, objective_named
 from ..plan import Plan, Scores
+from ..racing import Pools
 from ..replay import Progress
-from ..scoring import Candidate, Groups, Pools, candidates, neuron_groups, rewired_order
+from ..scoring import Candidate, Groups, candidates, neuron_groups, rewired_order
 
 WIDTH = ("head", "cross_head", "neurons")
 STAGES: dict[str, tuple[tuple[str, ...], ...]] = {
