@@ -53,7 +53,8 @@ def variants() -> dict[str, tuple[type, dict]]:
         "the same, groups of 16": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 16}),
         "the same, rewired": (vp.MoPE, {**stepwise, **glob, "rewire": True}),
         "the same, groups of 16, rewired": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 16, "rewire": True}),
-        "the same, one budget for heads and neurons": (vp.MoPE, {**stepwise, **glob, "compete": True}),
+        "the same, one budget of parameters": (vp.MoPE, {**stepwise, **glob, "compete": True}),
+        "the same, one budget of FLOPs": (vp.MoPE, {**stepwise, **glob, "compete": True, "cost": "flops"}),
         "the same, 12 steps": (vp.MoPE, {**glob, "steps": 12}),
         "the same, 24 steps": (vp.MoPE, {**glob, "steps": 24}),
         "Taylor, groups of 16, 6 steps": (vp.Taylor, {**stepwise, **glob, "neurons_per_group": 16}),
@@ -68,14 +69,18 @@ def variants() -> dict[str, tuple[type, dict]]:
             {**one_shot, **uniform, "objective": "recall@1"},
         ),
         "both towers: MoPE, default": (vp.MoPE, {}),
-        "both towers: MoPE, one budget": (vp.MoPE, {"compete": True, "across_towers": True}),
+        "both towers: MoPE, one budget of parameters": (vp.MoPE, {"compete": True, "across_towers": True}),
+        "both towers: MoPE, one budget of FLOPs": (
+            vp.MoPE,
+            {"compete": True, "across_towers": True, "cost": "flops"},
+        ),
     }
     return named | both
 
 
 def remember(method, seen: dict) -> None:
     """Rank the same modules of the same half-pruned model once, whichever variant and keep ratio asks."""
-    own = {"keep_heads", "keep_neurons", "keep_layers", "scope", "compete", "across_towers", "steps", "towers"}
+    own = {"keep_heads", "keep_neurons", "keep_layers", "scope", "compete", "across_towers", "cost", "steps", "towers"}
     fields = {key: value for key, value in method.describe().items() if key not in own}
     rank = method.importance
 

@@ -11,9 +11,10 @@ from models import tiny
 
 import vlprune_ext as vp
 from vlprune_ext.anatomy import describe
-from vlprune_ext.objectives import Contrastive
+from vlprune_ext.flops import count_flops
+from vlprune_ext.objectives import Contrastive, objective_named
 from vlprune_ext.plan import Module, Plan
-from vlprune_ext.scoring import candidates, neuron_groups, rewired_order
+from vlprune_ext.scoring import candidates, neuron_groups, rewired_order, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,39 @@ def test_cost_is_the_parameters_that_go():
         )
 
 
+@pytest.mark.parametrize("name", ["clip", "llava"])
+def test_attention_is_counted_on_every_device(name):
+    model = tiny.build(name)
+    data = tiny.retrieval_data(name, model, 2)
+    fused = vp.measure(model, data)["flops"]
+    model.set_attn_implementation("eager")  # plain matrix products, which torch counts everywhere
+    assert vp.measure(model, data)["flops"] == fused
+
+
+@pytest.mark.parametrize("name", ["clip", "llava"])
+def test_cost_in_flops(name):
+    """What torch counts less without a module; it does not count biases and norms."""
+    model = tiny.build(name)
+    data, tower = tiny.retrieval_data(name, model, 3), "text" if name == "llava" else "vision"
+    objective = objective_named(None, describe(model))
+
+    def counted(subject):
+        anatomy = describe(subject)
+        batch = objective.batches(anatomy, tower, data.subset(1), 1)[0]
+        with torch.no_grad():
+            return count_flops(lambda: objective.outputs(anatomy, tower, batch))
+
+    tokens = tokens_of(describe(model), (tower,), data, objective)
+    groups = neuron_groups(describe(model), (tower,), 24)
+    for candidate in candidates(describe(model), (tower,), ("head", "neurons", "layer"), groups, tokens=tokens)[:6]:
+        pruned = tiny.build(name)
+        plan = Plan(describe(pruned).shape())
+        module = candidate.module
+        plan.add(module.tower, module.kind, module.layer, list(candidate.intervention.units))
+        vp.apply(pruned, plan, round_to=1)
+        assert candidate.cost == pytest.approx(counted(model) - counted(pruned), rel=0.06)
+
+
 def test_rewired_groups(clip):
     model, data = clip
     anatomy = describe(model)
@@ -175,6 +209,7 @@ def test_plan_cost(clip):
         ({"towers": ("audio",)}, "'audio', expected some of vision, text"),
         ({"objective": "bleu"}, "'bleu', expected one of"),
         ({"neurons_per_group": 0}, "neurons_per_group: 0"),
+        ({"cost": "bytes"}, "cost: 'bytes', expected one of params, flops"),
         ({"exact": False}, "pools: needed with exact=False"),
         ({"modules": ("cross_head",)}, "no cross_head left"),
     ],

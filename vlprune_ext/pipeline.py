@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .anatomy import Anatomy, describe
 from .checkpoint import save_pruned
 from .data import Data
+from .flops import count_flops
 from .methods.structured import Structured
 from .objectives import Objective, objective_named
 from .patch import Patches, evaluation_mode
@@ -85,12 +85,11 @@ def measure(model: nn.Module, data: Data, objective: str | Objective | None = No
             for tower, batch in inputs.items():
                 objective.outputs(anatomy, tower, batch)
 
-        with FlopCounterMode(display=False) as counter:
-            run()
+        flops = count_flops(run)
         seconds = [_timed(run, model) for _ in range(repeats + 3)][3:]
     return {
         "params": sum(p.numel() for p in model.parameters()),
-        "flops": counter.get_total_flops(),
+        "flops": flops,
         "latency_ms": 1000 * statistics.median(seconds),
     }
 
@@ -216,7 +215,6 @@ def _one_batch(anatomy: Anatomy, objective: Objective, tower: str, batch: dict) 
     with evaluation_mode(anatomy.model), Patches() as patches:
         block = anatomy.tower(tower).blocks[0].module
         patches.hook(block, lambda _, __, out: sizes.append(out.numel() * out.element_size()))
-        with FlopCounterMode(display=False) as counter:
-            objective.outputs(anatomy, tower, batch)
+        flops = count_flops(lambda: objective.outputs(anatomy, tower, batch))
         seconds = min(_timed(lambda: objective.outputs(anatomy, tower, batch), anatomy.model) for _ in range(2))
-    return counter.get_total_flops() // rows, sizes[0] // rows, seconds / rows
+    return flops // rows, sizes[0] // rows, seconds / rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .anatomy import KINDS, Anatomy, describe
+from .anatomy import KINDS, Anatomy, Site, describe
 from .data import Data
 from .gates import gate_slopes, slope_of
 from .interventions import DropHead, DropLayer, DropNeurons, Intervention
@@ -25,11 +25,32 @@ Groups = dict[str, dict[int, list[list[int]]]]  # tower -> layer -> group -> neu
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that could go: its name, the intervention that takes it out, its parameters."""
+    """A module that could go: its name, the intervention that takes it out, its parameters or FLOPs."""
 
     module: Module
     intervention: Intervention
     cost: int
+
+
+COSTS = ("params", "flops")
+
+
+def tokens_of(anatomy: Anatomy, towers: Sequence[str], data: Data, objective: Objective) -> dict[str, int]:
+    """How many tokens a row of each tower has, from one row of the data."""
+    tokens: dict[str, int] = {}
+    for tower in towers:
+        block = anatomy.tower(tower).blocks[0].module
+        with torch.no_grad(), Patches() as patches, evaluation_mode(anatomy.model):
+            patches.hook(block, lambda _, __, out, _t=tower: tokens.__setitem__(_t, out.shape[1]))
+            objective.outputs(anatomy, tower, objective.batches(anatomy, tower, data.subset(1), 1)[0])
+    return tokens
+
+
+def _unit_cost(kind: str, site: Site, tokens: int | None) -> int:
+    """Parameters of one unit; or FLOPs a row: two a parameter and token, and a head's products with keys and values."""
+    if tokens is None:
+        return site.unit_params
+    return 2 * site.unit_params * tokens + (4 * site.width * tokens**2 if kind == "head" else 0)
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -92,19 +113,31 @@ def rewired_order(
 
 
 def candidates(
-    anatomy: Anatomy, towers: Sequence[str], kinds: Sequence[str], groups: Groups, plan: Plan | None = None
+    anatomy: Anatomy,
+    towers: Sequence[str],
+    kinds: Sequence[str],
+    groups: Groups,
+    plan: Plan | None = None,
+    tokens: dict[str, int] | None = None,
 ) -> list[Candidate]:
-    """Every module of the given towers and kinds that ``plan`` has not removed yet."""
+    """Every module of the given towers and kinds that ``plan`` has not removed yet.
+
+    tokens  what `tokens_of` gives, to have costs in FLOPs; None: in parameters
+    """
     found = []
     for name in towers:
+        length = tokens[name] if tokens else None
         for layer, block in enumerate(anatomy.tower(name).blocks):
             if plan and layer in plan.layers.get(name, []):
                 continue
             for kind in kinds:
                 if kind == "layer":
-                    cost = block.params - sum(
-                        len(plan.removed(name, k, layer)) * site.unit_params for k, site in block.sites.items() if plan
-                    )
+                    units_left = {
+                        k: s.units - len(plan.removed(name, k, layer) if plan else ()) for k, s in block.sites.items()
+                    }
+                    cost = block.params - sum(s.units * s.unit_params for s in block.sites.values())
+                    cost *= 2 * length if length else 1
+                    cost += sum(units_left[k] * _unit_cost(k, s, length) for k, s in block.sites.items())
                     found.append(Candidate(Module(name, kind, layer), DropLayer(name, layer), cost))
                     continue
                 site = block.sites.get(kind)
@@ -120,7 +153,11 @@ def candidates(
                             if kind == "neurons"
                             else DropHead(name, layer, left, cross=kind == "cross_head")
                         )
-                        found.append(Candidate(Module(name, kind, layer, index), drop, len(left) * site.unit_params))
+                        found.append(
+                            Candidate(
+                                Module(name, kind, layer, index), drop, len(left) * _unit_cost(kind, site, length)
+                            )
+                        )
     return found
 
 
@@ -136,6 +173,7 @@ def score(
     groups: Groups | None = None,
     plan: Plan | None = None,
     exact: bool = True,
+    cost: str = "params",
     pools: Callable[[list[Candidate], Tensor], Pools] | None = None,
     confidence: float = 1.5,
     batch_size: int = 32,
@@ -154,6 +192,7 @@ def score(
     plan               what is already removed; scores are those of the model without it, which is not changed
     exact              False stops early on modules whose side of the cut is decided; ``pools`` says where the cut is
                        (a module counts as decided ``confidence`` standard errors away from it)
+    cost               "params" or "flops": what `Scores.cost` counts
     stacked_rows       rows that run through the model's suffix at once; None measures what is fastest
 
     In fp32 every score equals the naive one (change the model, run all of it) up to rounding. The model is not changed.
@@ -168,6 +207,8 @@ def score(
             raise ValueError(f"towers: {tower!r}, expected some of {', '.join(objective.towers(anatomy))}")
     if plan is not None:
         plan.check(anatomy)
+    if cost not in COSTS:
+        raise ValueError(f"cost: {cost!r}, expected one of {', '.join(COSTS)}")
     if not exact and pools is None:
         raise ValueError("pools: needed with exact=False, which stops early on what is clearly above or below a cut")
     if groups is None:
@@ -175,7 +216,8 @@ def score(
         if "neurons" in kinds:
             order = rewired_order(anatomy, towers, data, objective, batch_size) if rewire else None
             groups = neuron_groups(anatomy, towers, neurons_per_group, order)
-    found = candidates(anatomy, towers, kinds, groups, plan)
+    tokens = tokens_of(anatomy, towers, data, objective) if cost == "flops" else None
+    found = candidates(anatomy, towers, kinds, groups, plan, tokens)
     if not found:
         raise ValueError(f"modules: no {', '.join(kinds)} left to score in {', '.join(towers)}")
 

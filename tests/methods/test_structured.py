@@ -13,9 +13,9 @@ from vlprune_ext.anatomy import describe
 from vlprune_ext.methods import METHODS
 from vlprune_ext.methods.magnitude import unit_norms
 from vlprune_ext.methods.structured import Task
-from vlprune_ext.objectives import objective_named
+from vlprune_ext.objectives import Contrastive, objective_named
 from vlprune_ext.plan import Plan
-from vlprune_ext.scoring import neuron_groups
+from vlprune_ext.scoring import candidates, neuron_groups, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,19 @@ def test_planning_changes_nothing(clip):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_budget_in_flops(clip):
+    """Both towers share one budget; what is left is half of what could go, to within a module."""
+    model, data = clip
+    anatomy, towers, kinds = describe(model), ("vision", "text"), ("head", "neurons")
+    method = vp.MoPE(compete=True, across_towers=True, cost="flops", neurons_per_group=8, steps=2)
+    plan = method.plan(model, data)
+    tokens = tokens_of(anatomy, towers, data, Contrastive())
+    groups = neuron_groups(anatomy, towers, 8)
+    every = [c.cost for c in candidates(anatomy, towers, kinds, groups, tokens=tokens)]
+    left = sum(c.cost for c in candidates(anatomy, towers, kinds, groups, plan, tokens))
+    assert left == pytest.approx(sum(every) / 2, abs=max(every))
+
+
 def test_random_follows_its_seed(clip):
     model, data = clip
     plans = [vp.Random(seed=seed, neurons_per_group=8).plan(model, data) for seed in (0, 0, 1)]
@@ -170,7 +183,9 @@ def test_taylor_equals_finite_differences(name, per_sample):
     objective = objective_named("contrastive" if name == "clip" else "lm_loss")
     anatomy, tower = describe(model), "text"
     groups = neuron_groups(anatomy, (tower,), 16)
-    task = Task(anatomy, data, objective, (tower,), ("head", "neurons"), groups, Plan(anatomy.shape()), None, None)
+    task = Task(
+        anatomy, data, objective, (tower,), ("head", "neurons"), groups, None, Plan(anatomy.shape()), None, None
+    )
     scores = vp.Taylor(objective=objective, per_sample=per_sample, batch_size=2).importance(task)
     if per_sample:  # by the triangle inequality
         assert (scores.value >= vp.Taylor(objective=objective).importance(task).value - 1e-9).all()
@@ -243,6 +258,7 @@ def test_early_stopping_never_stops_at_infinite_confidence(clip):
         ({"stage": "both"}, "stage: 'both'"),
         ({"scope": "model"}, "scope: 'model'"),
         ({"steps": 0}, "steps: 0"),
+        ({"cost": "bytes"}, "cost: 'bytes'"),
         ({"objective": "x"}, "objective: 'x'"),
         ({"compete": True, "scope": "layer"}, "compete: needs scope='global'"),
         ({"across_towers": True}, "across_towers: needs compete=True"),

@@ -34,6 +34,7 @@ class MoPE(Structured):
             objective=task.objective,
             groups=task.groups,
             plan=task.plan,
+            cost=self.cost,
             exact=self.exact,
             pools=task.pools,
             confidence=self.confidence,

@@ -19,7 +19,7 @@ from ..objectives import Objective, objective_named
 from ..plan import Plan, Scores
 from ..racing import Pools
 from ..replay import Progress
-from ..scoring import Candidate, Groups, candidates, neuron_groups, rewired_order
+from ..scoring import COSTS, Candidate, Groups, candidates, neuron_groups, rewired_order, tokens_of
 
 WIDTH = ("head", "cross_head", "neurons")
 STAGES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -36,8 +36,9 @@ class Structured(ABC):
     towers             towers to prune; None for all that the objective sees
     stage              "finetune": width, then depth of the narrowed model; "pretrain": both at once
     scope              "global": one ranking over a tower's layers; "layer": the same share of every layer
-    compete            heads and neurons share one budget of parameters, ranked by importance per parameter; with
-                       ``across_towers``, over all towers. False: each kind keeps its own share, in each tower
+    compete            heads and neurons share one budget, ranked by importance per cost; with ``across_towers``, over
+                       all towers. False: each kind keeps its own share, in each tower
+    cost               "params" or "flops": what that budget counts
     steps              rounds of ranking and removing; 1 = one-shot
     neurons_per_group  neurons that go together
     rewire             sort neurons by importance before grouping them
@@ -53,6 +54,7 @@ class Structured(ABC):
     scope: str = "global"
     compete: bool = False
     across_towers: bool = False
+    cost: str = "params"
     steps: int = 6
     neurons_per_group: int = 64
     rewire: bool = False
@@ -69,6 +71,8 @@ class Structured(ABC):
             raise ValueError(f"stage: {self.stage!r}, expected one of {', '.join(STAGES)}")
         if self.scope not in ("global", "layer"):
             raise ValueError(f"scope: {self.scope!r}, expected 'global' or 'layer'")
+        if self.cost not in COSTS:
+            raise ValueError(f"cost: {self.cost!r}, expected one of {', '.join(COSTS)}")
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps}, expected at least 1")
         if self.compete and self.scope == "layer":
@@ -107,6 +111,7 @@ class Structured(ABC):
                 raise ValueError(f"towers: {tower!r}, expected some of {', '.join(objective.towers(anatomy))}")
         order = rewired_order(anatomy, towers, data, objective, self.batch_size) if self.rewire else None
         groups = neuron_groups(anatomy, towers, self.neurons_per_group, order)
+        tokens = tokens_of(anatomy, towers, data, objective) if self.cost == "flops" else None
         plan = Plan(anatomy.shape(), method={**self.describe(), "objective": objective.name})
         self.scores = None
         blind = () if objective.sees_cross_attention else ("cross_head",)
@@ -116,17 +121,17 @@ class Structured(ABC):
         ]
         stages = [kinds for kinds in stages if kinds]
         for stage, kinds in enumerate(stages):
-            everything = candidates(anatomy, towers, kinds, groups)
+            everything = candidates(anatomy, towers, kinds, groups, tokens=tokens)
             for step in range(1, self.steps + 1):
 
                 def pools(found: list[Candidate], value: Tensor, share=step / self.steps, all_=everything) -> Pools:
                     return self._pools(found, value, all_, share)
 
-                found = candidates(anatomy, towers, kinds, groups, plan)
+                found = candidates(anatomy, towers, kinds, groups, plan, tokens)
                 if not any(budget for _, budget in pools(found, torch.zeros(len(found)))):
                     continue
                 report = _in_round(progress, stage * self.steps + step, len(stages) * self.steps)
-                task = Task(anatomy, data, objective, towers, kinds, groups, plan, pools, report)
+                task = Task(anatomy, data, objective, towers, kinds, groups, tokens, plan, pools, report)
                 scores = self.importance(task)
                 self.scores = self.scores or scores
                 self._remove(plan, found, scores.value, pools)
@@ -150,7 +155,7 @@ class Structured(ABC):
     def _pools(self, found: list[Candidate], value: Tensor, everything: list[Candidate], share: float) -> Pools:
         """Who competes, and how many of each pool go by the time ``share`` of the removal is done.
 
-        A pool of one kind loses a share of its modules, a pool of several kinds a share of its parameters.
+        A pool of one kind loses a share of its modules, a pool of several kinds a share of its cost.
         """
         members: dict[tuple, list[int]] = {}
         for i, candidate in enumerate(found):
@@ -179,7 +184,7 @@ class Structured(ABC):
 
 
 def order_of(found: list[Candidate], value: Tensor, positions: list[int]) -> list[int]:
-    """``positions`` from least to most important per parameter; ties keep their order."""
+    """``positions`` from least to most important per cost; ties keep their order."""
     costs = torch.tensor([float(found[i].cost) for i in positions], dtype=torch.float64)
     order = torch.sort(value[positions].double() / costs, stable=True).indices
     return [positions[i] for i in order.tolist()]
@@ -195,12 +200,13 @@ class Task:
     towers: tuple[str, ...]
     kinds: tuple[str, ...]
     groups: Groups
+    tokens: dict[str, int] | None  # of a row of each tower, where costs are FLOPs
     plan: Plan  # what is already gone
     pools: Callable[[list[Candidate], Tensor], Pools]
     progress: Progress | None
 
     def candidates(self) -> list[Candidate]:
-        return candidates(self.anatomy, self.towers, self.kinds, self.groups, self.plan)
+        return candidates(self.anatomy, self.towers, self.kinds, self.groups, self.plan, self.tokens)
 
     def scores(self, value: Tensor, name: str) -> Scores:
         """Scores without a measured spread, for methods that look at no samples."""
