@@ -229,5 +229,5 @@ def cut(plan: Plan) -> Figure:
             axes.locator_params(integer=True)
             if len(kinds) * len(total) * len(str(total.max())) <= 100:
                 axes.bar_label(gone, [str(n) for n in kept], fontsize=7)
-                axes.margins(y=0.15)
+                axes.set_ylim(0, 1.15 * max(total.max(), 1))
     return figure
