@@ -203,18 +203,20 @@ def test_scoring_a_tower(device, stopwatch, record):
     )
 
 
-def test_early_stopping(record):
+@pytest.mark.parametrize("pairs", [1000, 4000])
+def test_early_stopping(pairs, stopwatch, record):
     """`exact=False` on clip-digits: block runs saved, and how much of the removal set is the exact one."""
     model = CLIPModel.from_pretrained(zoo.path("clip-digits")).eval()
-    data = load_data("digits", split="calibration", model=model, limit=1000)
-    removed, runs = {}, {}
+    data = load_data("digits", split="calibration", model=model, limit=pairs)
+    removed, runs, seconds = {}, {}, {}
     for exact in (True, False):
-        method = MoPE(exact=exact, steps=1, keep_heads=0.5, keep_neurons=0.5)
-        plan = method.plan(model, data)
+        method = MoPE(exact=exact, steps=1, keep_heads=0.5, keep_neurons=0.5, batch_size=50, stacked_rows=100)
+        plans = []
+        seconds[exact] = stopwatch(lambda method=method, plans=plans: plans.append(method.plan(model, data)))
         removed[exact] = {
             (kind, tower, layer, unit)
             for kind in ("head", "neurons")
-            for tower, layers in plan.units(kind).items()
+            for tower, layers in plans[0].units(kind).items()
             for layer, units in layers.items()
             for unit in (units if kind == "head" else {u // method.neurons_per_group for u in units})
         }
@@ -224,7 +226,8 @@ def test_early_stopping(record):
         "early stopping",
         f"clip-digits, both towers, {len(method.scores)} modules, {data.n_images} pairs",
         dtype="float32",
-        baseline="exact scores",
+        **{"ms": seconds[False] * 1e3, "baseline": "exact scores", "baseline ms": seconds[True] * 1e3},
+        ratio=seconds[True] / seconds[False],
         block_runs=runs[False],
         exact_block_runs=runs[True],
         overlap=overlap,

@@ -23,6 +23,7 @@ import vlprune_ext as vp
 from vlprune_ext.data import load_data
 
 SAMPLES = 256
+MORE_SAMPLES = 1024  # for variants that do not look at all of them
 KEEP = (0.75, 0.5)
 VISION = ("vision",)
 
@@ -48,7 +49,11 @@ def variants() -> dict[str, tuple[type, dict]]:
         "MoPE by cross-entropy, uniform, 6 steps": (vp.MoPE, {**stepwise, **uniform}),
         "MoPE by margin, global, 6 steps": (vp.MoPE, {**stepwise, **glob, "objective": "margin"}),
         "MoPE by cross-entropy, global, 6 steps": (vp.MoPE, {**stepwise, **glob}),
-        "the same, early stopping": (vp.MoPE, {**stepwise, **glob, "exact": False}),
+        "the same, early stopping, 1,024 scenes": (vp.MoPE, {**stepwise, **glob, "exact": False}),
+        "by margin, early stopping, 1,024 scenes": (
+            vp.MoPE,
+            {**stepwise, **glob, "exact": False, "objective": "margin"},
+        ),
         "the same, groups of 32": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 32}),
         "the same, groups of 16": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 16}),
         "the same, rewired": (vp.MoPE, {**stepwise, **glob, "rewire": True}),
@@ -102,7 +107,8 @@ def recall(model, data) -> float:
 def run(name: str, seed: int, model, splits: dict, seen: dict) -> list[dict]:
     """One variant at each keep ratio: masked, so that the same model serves all."""
     method_class, fields = variants()[name]
-    calibration = load_data("digits", split="calibration", model=model, limit=SAMPLES, seed=seed)
+    samples = SAMPLES if fields.get("exact", True) else MORE_SAMPLES
+    calibration = load_data("digits", split="calibration", model=model, limit=samples, seed=seed)
     rows = []
     for keep in KEEP:
         steps = fields.get("steps", method_class().steps)
