@@ -20,7 +20,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("what", "shape", "dtype", "ms", "GB/s", "TFLOP/s", "baseline", "baseline ms", "ratio", "notes")
+KEY = ("what", "shape", "dtype")
+COLUMNS = (*KEY, "ms", "GB/s", "TFLOP/s", "baseline", "baseline ms", "ratio", "commit", "notes")
 
 _rows: list[dict[str, Any]] = []
 
@@ -163,13 +164,17 @@ def _cell(value: Any) -> str:
 
 def _table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     head = (
-        f"{machine['device']}, {machine['threads']} CPU threads, {machine['isa']}; commit {machine['commit']},"
+        f"{machine['device']}, {machine['threads']} CPU threads, {machine['isa']};"
         f" torch {machine['torch']}, CUDA {machine['cuda_version'] or 'not built'}."
         " Medians; ratio = baseline ms / ms (above 1: faster than the baseline).\n"
     )
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in COLUMNS) + " |" for row in rows]
     return head + "\n" + "\n".join(lines) + "\n"
+
+
+def _place(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[key] for key in KEY)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -179,6 +184,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     machine = _machine()
     name = session.config.getoption("--bench-name") or re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": _rows}, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(_table(machine, _rows))
+    rows = [row | {"commit": machine["commit"]} for row in _rows]
+    path = folder / f"{name}.json"
+    if path.is_file():  # what was not measured again stays, with the commit that it was measured at
+        new = {_place(row) for row in rows}
+        before = json.loads(path.read_text())["rows"]
+        rows = sorted([row for row in before if _place(row) not in new] + rows, key=_place)
+    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(_table(machine, rows))
     print(f"\nwrote {folder / name}.json and .md")
