@@ -2,14 +2,17 @@
 //
 // Work is the sequence of (variant, block of columns d, panel of kRows rows n); thread t owns the t-th equal part of
 // it, so that it packs a block of the weight about once, streams x and base through it, and writes each element of out
-// once. Bytes moved: x and weight once, out once, base once per variant (from the last-level cache where it fits).
+// once. Bytes moved: x and weight once, out once (past the caches where it would not fit), base once per variant (from
+// the last-level cache where it fits).
 #include "cpu/isa.h"
 #include "cpu/product.h"
 
 namespace vlprune::cpu::VLPRUNE_ISA {
 namespace {
 
-template <typename T>
+constexpr int64_t kCached = 16 << 20;  // bytes of out that may still be in a cache when they are read next
+
+template <typename T, bool kStreamed>
 struct Subtract {
   Rows<T> base;
   T* out;  // [N, D] of this variant
@@ -33,7 +36,12 @@ struct Subtract {
       for (int half = 0; half < 2; ++half, from += kLanes, to += kLanes) {
         const int64_t count = width - half * kLanes;
         if (count >= kLanes) {
-          store(to, sub(load(from), tile.sum[r][half]));
+          const Vec left = sub(load(from), tile.sum[r][half]);
+          if constexpr (kStreamed) {
+            stream(to, left);
+          } else {
+            store(to, left);
+          }
         } else if (count > 0) {
           store(to, sub(load(from, count), tile.sum[r][half]), count);
         }
@@ -44,7 +52,7 @@ struct Subtract {
   VLPRUNE_INLINE void end_of_panel(int64_t, int64_t) const {}
 };
 
-template <typename T>
+template <typename T, bool kStreamed>
 void run(const LeaveOneOut& args, int threads) {
   const T* const x = static_cast<const T*>(args.x);
   const T* const weight = static_cast<const T*>(args.weight);
@@ -61,21 +69,31 @@ void run(const LeaveOneOut& args, int threads) {
       const int64_t variant = item / (blocks * panels), column = item / panels % blocks * block;
       const int64_t panel = item % panels, count = smaller(panels - panel, end - item);
       const int64_t offset = args.groups[variant] * args.group_size;
-      Subtract<T> visit{{static_cast<const T*>(args.base), args.base_stride},
-                        static_cast<T*>(args.out) + variant * args.n * args.d,
-                        args.d};
+      Subtract<T, kStreamed> visit{{static_cast<const T*>(args.base), args.base_stride},
+                                   static_cast<T*>(args.out) + variant * args.n * args.d,
+                                   args.d};
       multiply(Rows<T>{x + offset, args.x_stride}, panel * kRows, smaller(args.n, (panel + count) * kRows),
                Rows<T>{weight + offset, args.weight_stride}, column, smaller(block, args.d - column), args.group_size,
                visit);
       item += count;
     }
+    if constexpr (kStreamed) end_of_streams();
   }
 }
 
 }  // namespace
 
 void leave_one_out(const LeaveOneOut& args, int threads) {
-  dispatch(args.dtype, [&](auto tag) { run<Element<decltype(tag)>>(args, threads); });
+  dispatch(args.dtype, [&](auto tag) {
+    using T = Element<decltype(tag)>;
+    constexpr int64_t bytes = kLanes * sizeof(T);
+    const bool aligned = reinterpret_cast<uintptr_t>(args.out) % bytes == 0 && args.d % kLanes == 0;
+    if (aligned && args.v * args.n * args.d * int64_t{sizeof(T)} > kCached) {
+      run<T, true>(args, threads);
+    } else {
+      run<T, false>(args, threads);
+    }
+  });
 }
 
 }  // namespace vlprune::cpu::VLPRUNE_ISA

@@ -16,8 +16,8 @@
 
 namespace vlprune::cpu::VLPRUNE_ISA {
 
-constexpr int64_t kDepth = 256;                           // k in a packed panel, at most
-constexpr int64_t kBlockColumns = 512;                    // columns in a block of that depth
+constexpr int64_t kDepth = 256;         // k in a packed panel, at most
+constexpr int64_t kBlockColumns = 256;  // columns in a block of that depth: a quarter of an L2 of 1 MB
 constexpr int64_t kLeftFloats = kDepth * kRows + kLanes;  // one panel of left, and what packing overruns
 constexpr int64_t kRightFloats = kDepth * kBlockColumns;  // the block of right
 constexpr int64_t kPartialFloats = kScratchFloats - kLeftFloats - kRightFloats;  // sums of the chunks so far

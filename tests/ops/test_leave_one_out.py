@@ -63,6 +63,22 @@ def test_subset_equals_rows_of_all(groups, dtype, device):
     assert torch.equal(some, ops.leave_one_out(x, weight, base, 16)[groups])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("d", [400, 408, 404, 403], ids=lambda d: f"D{d}")
+def test_outputs_that_outgrow_the_caches(d, isa):
+    """Past 16 MB whole, aligned vectors are stored past the caches; other widths, and outputs out of step, are not."""
+    n, g, groups = 701, 8, 16
+    x, weight, base = make(n, d, g, groups, torch.float32)
+    with _native.force_isa(isa):
+        out = check(x, weight, base, g)
+        for i in (0, groups - 1):
+            assert torch.equal(out[i], ops.leave_one_out(x, weight, base, g, [i])[0])
+        shifted = torch.full((groups * n * d + 2,), 7.0)
+        _native.leave_one_out(x, weight, base, shifted[1:-1].view(groups, n, d), list(range(groups)), g)
+    assert torch.equal(shifted[1:-1].view(groups, n, d), out)
+    assert shifted[0] == shifted[-1] == 7
+
+
 def test_more_groups_than_a_kernel_parameter_holds(device):
     x, weight, base = make(3, 5, 1, 3000, torch.float32, device)
     check(x, weight, base, 1)
