@@ -25,8 +25,8 @@ def gate_slopes(
     other: Tensor | None,
     batch_size: int,
     skip_layers: Sequence[int] = (),
-) -> Slopes:
-    """d (sum of the objective over all samples) / d gate, for one gate per row and unit, at one.
+) -> tuple[Slopes, Tensor]:
+    """(d (sum of the objective over all samples) / d gate, for one gate per row and unit, at one; the values [S]).
 
     A gate multiplies its unit's slice of the output projection's input (Michel et al., arXiv 1905.10650, eq. 3). The
     objective may tie all rows together, so it is differentiated first, with respect to the rows' outputs; the graph of
@@ -40,8 +40,8 @@ def gate_slopes(
         outputs = [objective.outputs(anatomy, tower, batch) for batch in batches]
     leaf = torch.cat(outputs).requires_grad_()
     with torch.enable_grad():
-        total = objective.values(anatomy, tower, leaf, other, data).sum()
-        (slope,) = torch.autograd.grad(total, leaf)
+        values = objective.values(anatomy, tower, leaf, other, data)
+        (slope,) = torch.autograd.grad(values.sum(), leaf)
     found: dict[tuple[int, str], list[Tensor]] = {}
     for batch, part in zip(batches, slope.split([len(o) for o in outputs]), strict=True):
         gates: dict[tuple[int, str], Tensor] = {}
@@ -53,7 +53,7 @@ def gate_slopes(
             slopes = torch.autograd.grad(output, list(gates.values()), part, allow_unused=True)
         for (key, gate), of_gate in zip(gates.items(), slopes, strict=True):
             found.setdefault(key, []).append(torch.zeros_like(gate) if of_gate is None else of_gate)
-    return {key: torch.cat(parts).cpu() for key, parts in found.items()}
+    return {key: torch.cat(parts).cpu() for key, parts in found.items()}, values.detach().cpu()
 
 
 def slope_of(slopes: Slopes, drop: Intervention) -> Tensor:

@@ -311,7 +311,7 @@ class _Judge:
         objective, towers = self.objective, _by_tower(found)
         others = {tower: self._other(tower, data) for tower in towers}
         sample, image = objective.samples(data, torch.arange(data.n_images))
-        control = self._first_order(found, data, others, len(sample)) if objective.differentiable else None
+        control, dense_value = self._first_order(found, data, others, len(sample))
         unknown = torch.full((len(found), len(sample)), math.nan, dtype=torch.float64)
         race = Race(
             drops=unknown,
@@ -328,7 +328,6 @@ class _Judge:
         order = {tower: draw(size[tower], seed) for seed, tower in enumerate(towers)}
         kept: dict[int, Tensor] = {}  # outputs so far, under each intervention
         dense: dict[str, Tensor] = {}  # and under none
-        dense_value = math.nan
         start = 0
         for stop in rounds(data.n_images):
             for tower, positions in towers.items():
@@ -350,7 +349,8 @@ class _Judge:
                 judged, at = objective.samples(data, drawn)
                 value = self._values(tower, dense[tower], others[tower], data, part)
                 _check_finite(value, data)
-                dense_value = value.mean().item()
+                if control is None:
+                    dense_value = value.mean().item()
                 for i in racing:
                     race.drops[i, judged] = value - self._values(tower, kept[i], others[tower], data, part)
                     race.chance[i, judged] = chance[at].double()
@@ -364,20 +364,24 @@ class _Judge:
 
     def _first_order(
         self, found: list[Candidate], data: Data, others: dict[str, Tensor | None], samples: int
-    ) -> Tensor | None:
-        """[M, S]: what the slopes in the modules' gates say of each sample's drop."""
-        estimate = torch.zeros(len(found), samples)
+    ) -> tuple[Tensor | None, float]:
+        """([M, S] what the slopes in the modules' gates say of the drops, the dense objective); or (None, NaN)."""
+        if not self.objective.differentiable:
+            return None, math.nan
+        estimate, dense_value = torch.zeros(len(found), samples), math.nan
         for tower, positions in _by_tower(found).items():
             owner = self.objective.sample_of_row(tower, data)
             if owner is None:
-                return None
+                return None, math.nan
             gone = self._gone(tower)
-            slopes = gate_slopes(self.anatomy, self.objective, tower, data, others[tower], self.batch_size, gone)
+            slopes, dense = gate_slopes(self.anatomy, self.objective, tower, data, others[tower], self.batch_size, gone)
+            _check_finite(dense, data)
+            dense_value = dense.double().mean().item()
             for i in positions:
                 estimate[i].index_add_(0, owner, slope_of(slopes, found[i].intervention).float())
             # Two runs forward, and one back that computes no gradients of weights.
             self.block_runs += 3 * len(owner) * (len(self.anatomy.tower(tower)) - len(gone))
-        return estimate.double()
+        return estimate.double(), dense_value
 
 
 def _standard_error(drops: Tensor) -> Tensor:

@@ -222,6 +222,7 @@ def test_early_stopping_agrees_where_it_is_sure(name):
     assert 0 < full.sum() < len(full)  # some modules were decided early, those near the cut were not
     torch.testing.assert_close(early.scores.value[full], exact.scores.value[full], rtol=0, atol=1e-4)
     assert torch.equal(early.scores.samples.isfinite().sum(1), early.scores.count)
+    assert early.scores.dense == pytest.approx(exact.scores.dense, abs=1e-5)
     sure = (early.scores.value - exact.scores.value).abs() <= 6 * early.scores.error + 1e-6
     assert sure.all()
     assert (early.scores.error >= 0.5 * exact.scores.error).all()

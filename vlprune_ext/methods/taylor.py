@@ -42,7 +42,7 @@ class Taylor(Structured):
                 with torch.no_grad():
                     other = objective.other(anatomy, tower, task.data, self.batch_size)
                 gone = task.plan.layers.get(tower, ())
-                slopes = gate_slopes(anatomy, objective, tower, task.data, other, self.batch_size, gone)
+                slopes, _ = gate_slopes(anatomy, objective, tower, task.data, other, self.batch_size, gone)
                 for i, candidate in enumerate(found):
                     if candidate.module.tower == tower:
                         slope = slope_of(slopes, candidate.intervention)
