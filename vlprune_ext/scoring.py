@@ -262,9 +262,11 @@ class _Judge:
     def _other(self, tower: str, data: Data) -> Tensor | None:
         return self.objective.other(self.anatomy, tower, data, self.batch_size)
 
-    def _values(self, tower: str, outputs: Tensor, other: Tensor | None, data: Data, part: Part | None = None):
-        """[S] float64, on the CPU."""
-        return self.objective.values(self.anatomy, tower, outputs, other, data, part).float().cpu().double()
+    def _values(
+        self, tower: str, outputs: Tensor, other: Tensor | None, data: Data, part: Part | None = None
+    ) -> Tensor:
+        """[S] float32, on the CPU."""
+        return self.objective.values(self.anatomy, tower, outputs, other, data, part).float().cpu()
 
     def _walk(self, tower: str, interventions: list[Intervention], data: Data):
         replay = Replay(
@@ -290,10 +292,10 @@ class _Judge:
             other = self._other(tower, data)
             for ids, outputs in self._walk(tower, [found[i].intervention for i in positions], data):
                 if ids is not None:
-                    values = [self._values(tower, rows, other, data).float() for rows in outputs]
+                    values = [self._values(tower, rows, other, data) for rows in outputs]
                     left |= {positions[i]: value for i, value in zip(ids, values, strict=True)}
                 else:
-                    dense = self._values(tower, outputs, other, data).float()
+                    dense = self._values(tower, outputs, other, data)
                     _check_finite(dense, data)
                     dense_value = dense.double().mean().item()
                     drops |= {i: dense - left[i] for i in positions}
@@ -348,11 +350,12 @@ class _Judge:
                 part = Part(drawn, 1 / chance) if sampled else None
                 judged, at = objective.samples(data, drawn)
                 value = self._values(tower, dense[tower], others[tower], data, part)
-                _check_finite(value, data)
+                _check_finite(value, data, judged)
                 if control is None:
                     dense_value = value.mean().item()
                 for i in racing:
-                    race.drops[i, judged] = value - self._values(tower, kept[i], others[tower], data, part)
+                    left = self._values(tower, kept[i], others[tower], data, part)
+                    race.drops[i, judged] = (value - left).double()
                     race.chance[i, judged] = chance[at].double()
             start = stop
             race.estimate()
@@ -401,7 +404,9 @@ def _by_tower(found: list[Candidate]) -> dict[str, list[int]]:
     return towers
 
 
-def _check_finite(values: Tensor, data: Data) -> None:
-    bad = (~values.isfinite()).nonzero()
+def _check_finite(values: Tensor, data: Data, samples: Tensor | None = None) -> None:
+    """samples  which ones these are, where they are not all in order"""
+    bad = (~values.isfinite()).nonzero().flatten()
     if len(bad):
-        raise ValueError(f"objective: not finite for sample {int(bad[0])} of {data.name} ({values[bad[0]].item()})")
+        sample = int(bad[0] if samples is None else samples[bad[0]])
+        raise ValueError(f"objective: not finite for sample {sample} of {data.name} ({values[bad[0]].item()})")
