@@ -2,26 +2,29 @@
 //
 // Work is the sequence of (variant, block of columns d, panel of kRows rows n); thread t owns the t-th equal part of
 // it, so that it packs a block of the weight about once, streams x and base through it, and writes each element of out
-// once. Bytes moved: x and weight once, out once (past the caches where it would not fit), base once per variant (from
-// the last-level cache where it fits).
+// once. Bytes moved: x and weight once, out once, base once per variant (from the last-level cache where it fits). Rows
+// of out often lie a power of two apart, in the same few sets of L1, and stores that miss hold up the sums behind them;
+// so both base and out are asked for while the sums are made.
 #include "cpu/isa.h"
 #include "cpu/product.h"
 
 namespace vlprune::cpu::VLPRUNE_ISA {
 namespace {
 
-constexpr int64_t kCached = 16 << 20;  // bytes of out that may still be in a cache when they are read next
-
-template <typename T, bool kStreamed>
+template <typename T>
 struct Subtract {
+  static constexpr bool kPrefetches = true;
+
   Rows<T> base;
   T* out;  // [N, D] of this variant
   int64_t d;
 
-  VLPRUNE_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const char* p = reinterpret_cast<const char*>(base.data + (row + r) * base.stride + column);
-      for (size_t offset = 0; offset < kColumns * sizeof(T); offset += 64) __builtin_prefetch(p + offset);
+  VLPRUNE_INLINE void prefetch(int64_t row, int64_t column) const {
+    const char* from = reinterpret_cast<const char*>(base.data + row * base.stride + column);
+    const char* to = reinterpret_cast<const char*>(out + row * d + column);
+    for (size_t offset = 0; offset < kColumns * sizeof(T); offset += 64) {
+      __builtin_prefetch(from + offset);
+      __builtin_prefetch(to + offset, 1);
     }
   }
 
@@ -32,18 +35,13 @@ struct Subtract {
       if (r >= rows) break;
       const T* from = base.data + (row + r) * base.stride + column;
       T* to = out + (row + r) * d + column;
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half, from += kLanes, to += kLanes) {
-        const int64_t count = width - half * kLanes;
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i, from += kLanes, to += kLanes) {
+        const int64_t count = width - i * kLanes;
         if (count >= kLanes) {
-          const Vec left = sub(load(from), tile.sum[r][half]);
-          if constexpr (kStreamed) {
-            stream(to, left);
-          } else {
-            store(to, left);
-          }
+          store(to, sub(load(from), tile.sum[r][i]));
         } else if (count > 0) {
-          store(to, sub(load(from, count), tile.sum[r][half]), count);
+          store(to, sub(load(from, count), tile.sum[r][i]), count);
         }
       }
     }
@@ -52,12 +50,12 @@ struct Subtract {
   VLPRUNE_INLINE void end_of_panel(int64_t, int64_t) const {}
 };
 
-template <typename T, bool kStreamed>
+template <typename T>
 void run(const LeaveOneOut& args, int threads) {
   const T* const x = static_cast<const T*>(args.x);
   const T* const weight = static_cast<const T*>(args.weight);
-  const int64_t block = block_columns(args.group_size);
-  const int64_t blocks = ceil_div(args.d, block);
+  const int64_t blocks = ceil_div(args.d, block_columns(args.group_size));
+  const int64_t block = ceil_div(ceil_div(args.d, blocks), kColumns) * kColumns;
   const int64_t panels = ceil_div(args.n, kRows);
   const int64_t work = args.v * blocks * panels;
 
@@ -69,31 +67,21 @@ void run(const LeaveOneOut& args, int threads) {
       const int64_t variant = item / (blocks * panels), column = item / panels % blocks * block;
       const int64_t panel = item % panels, count = smaller(panels - panel, end - item);
       const int64_t offset = args.groups[variant] * args.group_size;
-      Subtract<T, kStreamed> visit{{static_cast<const T*>(args.base), args.base_stride},
-                                   static_cast<T*>(args.out) + variant * args.n * args.d,
-                                   args.d};
+      Subtract<T> visit{{static_cast<const T*>(args.base), args.base_stride},
+                        static_cast<T*>(args.out) + variant * args.n * args.d,
+                        args.d};
       multiply(Rows<T>{x + offset, args.x_stride}, panel * kRows, smaller(args.n, (panel + count) * kRows),
                Rows<T>{weight + offset, args.weight_stride}, column, smaller(block, args.d - column), args.group_size,
                visit);
       item += count;
     }
-    if constexpr (kStreamed) end_of_streams();
   }
 }
 
 }  // namespace
 
 void leave_one_out(const LeaveOneOut& args, int threads) {
-  dispatch(args.dtype, [&](auto tag) {
-    using T = Element<decltype(tag)>;
-    constexpr int64_t bytes = kLanes * sizeof(T);
-    const bool aligned = reinterpret_cast<uintptr_t>(args.out) % bytes == 0 && args.d % kLanes == 0;
-    if (aligned && args.v * args.n * args.d * int64_t{sizeof(T)} > kCached) {
-      run<T, true>(args, threads);
-    } else {
-      run<T, false>(args, threads);
-    }
-  });
+  dispatch(args.dtype, [&](auto tag) { run<Element<decltype(tag)>>(args, threads); });
 }
 
 }  // namespace vlprune::cpu::VLPRUNE_ISA

@@ -16,8 +16,8 @@
 
 namespace vlprune::cpu::VLPRUNE_ISA {
 
-constexpr int64_t kDepth = 256;         // k in a packed panel, at most
-constexpr int64_t kBlockColumns = 256;  // columns in a block of that depth: a quarter of an L2 of 1 MB
+constexpr int64_t kDepth = 256;                           // k in a packed panel, at most
+constexpr int64_t kBlockColumns = 352;                    // columns in a block of that depth: a third of an L2 of 1 MB
 constexpr int64_t kLeftFloats = kDepth * kRows + kLanes;  // one panel of left, and what packing overruns
 constexpr int64_t kRightFloats = kDepth * kBlockColumns;  // the block of right
 constexpr int64_t kPartialFloats = kScratchFloats - kLeftFloats - kRightFloats;  // sums of the chunks so far
@@ -71,26 +71,28 @@ void pack_right(float* dst, Rows<T> src, int64_t count, int64_t depth) {
       pack<0>(panel, kColumns, from, lanes, depth);
     }
   }
-  if (count % kColumns > 0 && count % kColumns <= kLanes) {  // the last panel's second half
-    float* panel = dst + (count / kColumns) * kColumns * depth + kLanes;
+  for (int64_t m = ceil_div(count, kLanes) * kLanes; m % kColumns != 0; m += kLanes) {  // what the last panel lacks
+    float* panel = dst + (m / kColumns) * kColumns * depth + m % kColumns;
     for (int64_t k = 0; k < depth; ++k) store(panel + k * kColumns, zero());
   }
 }
 
 template <int R>
 struct Tile {
-  Vec sum[R][2];
+  Vec sum[R][kVectors];
 };
 
 template <int R>
 VLPRUNE_INLINE void accumulate(Tile<R>& tile, const float* left, const float* right, int64_t depth) {
   for (int64_t k = 0; k < depth; ++k) {
-    const Vec r0 = load(right), r1 = load(right + kLanes);
+    Vec columns[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) columns[i] = load(right + i * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec l = broadcast(left[r]);
-      tile.sum[r][0] = fmadd(l, r0, tile.sum[r][0]);
-      tile.sum[r][1] = fmadd(l, r1, tile.sum[r][1]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) tile.sum[r][i] = fmadd(l, columns[i], tile.sum[r][i]);
     }
     left += kRows;
     right += kColumns;
@@ -103,16 +105,26 @@ void sweep(const float* left, const float* right, float* partial, bool first, bo
            int64_t rows, int64_t column, int64_t columns, Visitor& visit) {
   for (int64_t c = 0; c < columns; c += kColumns) {
     const int64_t width = smaller(kColumns, columns - c);
-    if (last) visit.prefetch(row, rows, column + c);
     Tile<R> tile;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) tile.sum[r][0] = tile.sum[r][1] = zero();
-    accumulate(tile, left, right, depth);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) tile.sum[r][i] = zero();
+    int64_t done = 0;
+    if (Visitor::kPrefetches && last) {  // what the visitor will touch is asked for row by row while the sums are made
+      const int64_t step = depth / R;
+      for (int64_t r = 0; r < smaller(R, rows); ++r, done += step) {
+        visit.prefetch(row + r, column + c);
+        accumulate(tile, left + done * kRows, right + done * kColumns, step);
+      }
+    }
+    accumulate(tile, left + done * kRows, right + done * kColumns, depth - done);
     if (!first) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        tile.sum[r][0] = add(load(partial + r * kColumns), tile.sum[r][0]);
-        tile.sum[r][1] = add(load(partial + r * kColumns + kLanes), tile.sum[r][1]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i)
+          tile.sum[r][i] = add(load(partial + r * kColumns + i * kLanes), tile.sum[r][i]);
       }
     }
     if (last) {
@@ -120,8 +132,8 @@ void sweep(const float* left, const float* right, float* partial, bool first, bo
     } else {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        store(partial + r * kColumns, tile.sum[r][0]);
-        store(partial + r * kColumns + kLanes, tile.sum[r][1]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) store(partial + r * kColumns + i * kLanes, tile.sum[r][i]);
       }
     }
     right += kColumns * depth;

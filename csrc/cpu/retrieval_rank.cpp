@@ -15,12 +15,14 @@ constexpr uint32_t kNan = 0x80000000u;  // set in rank while counting: a score w
 constexpr int kChains = 8;              // independent sums in flight, to hide the latency of each
 
 struct Count {
+  static constexpr bool kPrefetches = false;
+
   const float* best;  // [N] of this variant
   int32_t* rank;      // [N] of this variant
   uint32_t higher[kRows] = {};
   uint32_t nan[kRows] = {};
 
-  VLPRUNE_INLINE void prefetch(int64_t, int64_t, int64_t) const {}
+  VLPRUNE_INLINE void prefetch(int64_t, int64_t) const {}
 
   template <int R>
   VLPRUNE_INLINE void tile(const Tile<R>& tile, int64_t row, int64_t rows, int64_t, int64_t width) {
@@ -29,11 +31,14 @@ struct Count {
     for (int r = 0; r < R; ++r) {
       if (r >= rows) break;
       const Vec threshold = broadcast(best[row + r]);
-      const uint64_t above = greater(tile.sum[r][0], threshold) | uint64_t{greater(tile.sum[r][1], threshold)}
-                                                                      << kLanes;
-      const uint64_t unordered = is_nan(tile.sum[r][0]) | uint64_t{is_nan(tile.sum[r][1])} << kLanes;
+      uint64_t above = 0, unordered = 0;
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) {
+        above |= uint64_t{greater(tile.sum[r][i], threshold)} << (i * kLanes);
+        unordered |= uint64_t{is_nan(tile.sum[r][i])} << (i * kLanes);
+      }
       higher[r] += uint32_t(__builtin_popcountll(above & valid));
-      nan[r] |= uint32_t(unordered & valid);
+      nan[r] |= uint32_t((unordered & valid) != 0);
     }
   }
 

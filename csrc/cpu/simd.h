@@ -1,5 +1,5 @@
-// One vector of floats for each instruction set, and what the kernels do with it. kRows x (2 * kLanes) is the tile of
-// results that the matrix product keeps in registers.
+// One vector of floats for each instruction set, and what the kernels do with it. kRows x (kVectors * kLanes) is the
+// tile of results that the matrix product keeps in registers.
 #pragma once
 
 #include "cpu/element.h"
@@ -25,14 +25,12 @@ VLPRUNE_INLINE float madd(float a, float b, float c) {
 
 using Vec = __m512;
 constexpr int kLanes = 16;
-constexpr int kRows = 14;  // 28 accumulators, two operands, one broadcast: 31 of 32 registers
+constexpr int kRows = 9, kVectors = 3;  // 27 accumulators, three operands, one broadcast: 31 of 32 registers
 
 VLPRUNE_INLINE Vec zero() { return _mm512_setzero_ps(); }
 VLPRUNE_INLINE Vec broadcast(float value) { return _mm512_set1_ps(value); }
 VLPRUNE_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 VLPRUNE_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-VLPRUNE_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
-VLPRUNE_INLINE void end_of_streams() { _mm_sfence(); }
 VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
@@ -114,14 +112,12 @@ VLPRUNE_INLINE void transpose(Vec (&m)[16]) {
 
 using Vec = __m256;
 constexpr int kLanes = 8;
-constexpr int kRows = 6;  // 12 accumulators, two operands, one broadcast: 15 of 16 registers
+constexpr int kRows = 6, kVectors = 2;  // 12 accumulators, two operands, one broadcast: 15 of 16 registers
 
 VLPRUNE_INLINE Vec zero() { return _mm256_setzero_ps(); }
 VLPRUNE_INLINE Vec broadcast(float value) { return _mm256_set1_ps(value); }
 VLPRUNE_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 VLPRUNE_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-VLPRUNE_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
-VLPRUNE_INLINE void end_of_streams() { _mm_sfence(); }
 VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
@@ -174,9 +170,7 @@ VLPRUNE_INLINE void transpose(Vec (&m)[8]) {
 
 typedef float Vec __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
-constexpr int kRows = 4;
-
-VLPRUNE_INLINE void end_of_streams() {}
+constexpr int kRows = 4, kVectors = 2;
 
 VLPRUNE_INLINE Vec broadcast(float value) { return Vec{value, value, value, value}; }
 VLPRUNE_INLINE Vec zero() { return broadcast(0.0f); }
@@ -229,13 +223,6 @@ VLPRUNE_INLINE void store(T* p, Vec v, int64_t count) {
 
 #endif
 
-// A store past the caches, which saves reading what is overwritten: whole vectors, aligned to their size. fp32 alone
-// has one. A thread's streams end with end_of_streams().
-template <typename T>
-VLPRUNE_INLINE void stream(T* p, Vec v) {
-  store(p, v);
-}
-
-constexpr int kColumns = 2 * kLanes;
+constexpr int kColumns = kVectors * kLanes;
 
 }  // namespace vlprune::cpu::VLPRUNE_ISA
