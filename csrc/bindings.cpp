@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -21,6 +23,16 @@ T* pointer(std::uintptr_t address) {
 }
 
 // `where` is the thread count for the CPU and the stream's address for CUDA.
+template <auto Launch, typename Args, typename Where>
+void launch(const Args& args, Where where) {
+  py::gil_scoped_release release;
+  if constexpr (std::is_same_v<Where, int>) {
+    Launch(args, where);
+  } else {
+    Launch(args, pointer<void>(where));
+  }
+}
+
 template <auto Launch, typename Where>
 void leave_one_out(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t base, std::uintptr_t out,
                    const std::vector<int64_t>& groups, int64_t n, int64_t d, int64_t group_size, int64_t x_stride,
@@ -39,12 +51,7 @@ void leave_one_out(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t base,
   args.weight_stride = weight_stride;
   args.base_stride = base_stride;
   args.dtype = static_cast<DType>(dtype);
-  py::gil_scoped_release release;
-  if constexpr (std::is_same_v<Where, int>) {
-    Launch(args, where);
-  } else {
-    Launch(args, pointer<void>(where));
-  }
+  launch<Launch>(args, where);
 }
 
 template <auto Launch, typename Where>
@@ -64,22 +71,108 @@ void retrieval_rank(std::uintptr_t query, std::uintptr_t gallery, std::uintptr_t
   args.p = p;
   args.shared_gallery = shared_gallery;
   args.dtype = static_cast<DType>(dtype);
-  py::gil_scoped_release release;
-  if constexpr (std::is_same_v<Where, int>) {
-    Launch(args, where);
-  } else {
-    Launch(args, pointer<void>(where));
-  }
+  launch<Launch>(args, where);
+}
+
+template <auto Launch, typename Where>
+void column_norm_sq(std::uintptr_t acc, std::uintptr_t x, std::uintptr_t token_weight, std::uintptr_t partial,
+                    int64_t n, int64_t in, int64_t x_stride, int dtype, Where where) {
+  vlprune::ColumnNormSq args{};
+  args.acc = pointer<float>(acc);
+  args.x = pointer<const void>(x);
+  args.token_weight = pointer<const float>(token_weight);
+  args.partial = pointer<float>(partial);
+  args.n = n;
+  args.in = in;
+  args.x_stride = x_stride;
+  args.dtype = static_cast<DType>(dtype);
+  launch<Launch>(args, where);
+}
+
+// (weight, scale, out, in, stride, dtype), as _native.py's _keys() gives them.
+using KeysTuple = std::tuple<std::uintptr_t, std::uintptr_t, int64_t, int64_t, int64_t, int>;
+
+vlprune::Keys keys_of(const KeysTuple& keys) {
+  const auto& [weight, scale, out, in, stride, dtype] = keys;
+  return {pointer<const void>(weight), pointer<const float>(scale), out, in, stride, static_cast<DType>(dtype)};
+}
+
+template <auto Launch, typename Where>
+void prune_smallest(const KeysTuple& keys, std::uintptr_t mask, int64_t k, std::uintptr_t k_of_row, Where where) {
+  vlprune::PruneSmallest args{};
+  args.keys = keys_of(keys);
+  args.weight = pointer<void>(std::get<0>(keys));
+  args.mask = pointer<uint8_t>(mask);
+  args.k = k;
+  args.k_of_row = pointer<const int64_t>(k_of_row);
+  launch<Launch>(args, where);
+}
+
+template <auto Launch, typename Where>
+void prune_nm(const KeysTuple& keys, std::uintptr_t mask, int64_t n, int64_t m, Where where) {
+  vlprune::PruneNM args{};
+  args.keys = keys_of(keys);
+  args.weight = pointer<void>(std::get<0>(keys));
+  args.mask = pointer<uint8_t>(mask);
+  args.n = n;
+  args.m = m;
+  launch<Launch>(args, where);
+}
+
+template <auto Launch, typename Where>
+void key_histogram(const KeysTuple& keys, std::uintptr_t counts, std::uintptr_t prefix, int64_t level, Where where) {
+  vlprune::KeyHistogram args{};
+  args.keys = keys_of(keys);
+  args.counts = pointer<int64_t>(counts);
+  args.prefix = pointer<const int64_t>(prefix);
+  args.level = level;
+  launch<Launch>(args, where);
+}
+
+template <auto Launch, typename Where>
+void count_keys(const KeysTuple& keys, std::uintptr_t threshold, std::uintptr_t below, std::uintptr_t equal,
+                Where where) {
+  vlprune::CountKeys args{};
+  args.keys = keys_of(keys);
+  args.threshold = pointer<const int64_t>(threshold);
+  args.below = pointer<int64_t>(below);
+  args.equal = pointer<int64_t>(equal);
+  launch<Launch>(args, where);
+}
+
+template <auto Launch, typename Where>
+void perturb(std::uintptr_t weight, std::uintptr_t plus, std::uintptr_t minus, int64_t count, uint64_t seed,
+             uint64_t tensor, float eps, int dtype, Where where) {
+  vlprune::Perturb args{};
+  args.weight = pointer<const void>(weight);
+  args.plus = pointer<void>(plus);
+  args.minus = pointer<void>(minus);
+  args.count = count;
+  args.seed = seed;
+  args.tensor = tensor;
+  args.eps = eps;
+  args.dtype = static_cast<DType>(dtype);
+  launch<Launch>(args, where);
 }
 
 }  // namespace
+
+// Every launcher of a namespace, as functions of the submodule.
+#define VLPRUNE_BIND(module, where, Where)                                               \
+  module.def("leave_one_out", &leave_one_out<&vlprune::where::leave_one_out, Where>);    \
+  module.def("retrieval_rank", &retrieval_rank<&vlprune::where::retrieval_rank, Where>); \
+  module.def("column_norm_sq", &column_norm_sq<&vlprune::where::column_norm_sq, Where>); \
+  module.def("prune_smallest", &prune_smallest<&vlprune::where::prune_smallest, Where>); \
+  module.def("prune_nm", &prune_nm<&vlprune::where::prune_nm, Where>);                   \
+  module.def("key_histogram", &key_histogram<&vlprune::where::key_histogram, Where>);    \
+  module.def("count_keys", &count_keys<&vlprune::where::count_keys, Where>);             \
+  module.def("perturb", &perturb<&vlprune::where::perturb, Where>)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of vlprune_ext; called through vlprune_ext.ops.";
 
   py::module_ cpu = m.def_submodule("cpu", "Launchers for CPU tensors; the last argument is the number of threads.");
-  cpu.def("leave_one_out", &leave_one_out<&vlprune::cpu::leave_one_out, int>);
-  cpu.def("retrieval_rank", &retrieval_rank<&vlprune::cpu::retrieval_rank, int>);
+  VLPRUNE_BIND(cpu, cpu, int);
   cpu.def("isa", [] { return std::string(vlprune::cpu::isa_name(vlprune::cpu::isa())); });
   cpu.def("available_isas", [] {
     using vlprune::cpu::Isa;
@@ -90,11 +183,12 @@ PYBIND11_MODULE(_C, m) {
   });
   cpu.def("force_isa", [](const std::string& name) { vlprune::cpu::force_isa(name.c_str()); });
 
+  m.attr("norm_chunk") = vlprune::kNormChunk;
+  m.attr("histogram_bins") = vlprune::kHistogramBins;
   m.attr("compiler") = __VERSION__;
 #if VLPRUNE_CUDA_BUILT
   py::module_ cuda = m.def_submodule("cuda", "Launchers for CUDA tensors; the last argument is the stream's address.");
-  cuda.def("leave_one_out", &leave_one_out<&vlprune::cuda::leave_one_out, std::uintptr_t>);
-  cuda.def("retrieval_rank", &retrieval_rank<&vlprune::cuda::retrieval_rank, std::uintptr_t>);
+  VLPRUNE_BIND(cuda, cuda, std::uintptr_t);
   m.attr("cuda_built") = true;
   m.attr("cuda_version") = VLPRUNE_CUDA_VERSION;
   m.attr("cuda_archs") = VLPRUNE_CUDA_ARCHS;

@@ -39,14 +39,92 @@ struct RetrievalRank {
   DType dtype;          // of query and gallery; scores are fp32
 };
 
+// acc[j] += sum_n token_weight[n] * x[n, j]^2, accumulated in fp32: rows in ascending order within a chunk of
+// kNormChunk, then the chunks in order.
+constexpr int64_t kNormChunk = 128;
+struct ColumnNormSq {
+  float* acc;                 // [in]
+  const void* x;              // [N, in], rows `x_stride` apart, last dimension contiguous
+  const float* token_weight;  // [N]; null: all 1
+  float* partial;             // [ceil(N / kNormChunk), in] scratch
+  int64_t n, in, x_stride;
+  DType dtype;  // of x
+};
+
+// What the selections below order by: key[i, j] = the bits of fp32 |weight[i, j]| * scale[j], as uint32. Such floats
+// are not negative, so they compare as integers do; a NaN is above infinity.
+struct Keys {
+  const void* weight;  // [out, in], rows `stride` apart, last dimension contiguous
+  const float* scale;  // [in]; null: all 1
+  int64_t out, in, stride;
+  DType dtype;  // of weight
+};
+
+// Zeroes (+0) the k least keys of each row, ties to the lower index; 0 <= k <= in.
+struct PruneSmallest {
+  Keys keys;
+  void* weight;   // keys.weight, written in place where mask is null
+  uint8_t* mask;  // [out, in], contiguous, or null: 1 for what would be zeroed, 0 for the rest; no other write
+  int64_t k;      // of every row where k_of_row is null
+  const int64_t* k_of_row;  // [out] or null
+};
+
+// Zeroes (+0) the n least keys of every m consecutive ones of a row, ties to the lower index; 0 < n < m, in % m == 0.
+struct PruneNM {
+  Keys keys;
+  void* weight;   // as in PruneSmallest
+  uint8_t* mask;  // as in PruneSmallest
+  int64_t n, m;
+};
+
+// counts[digit(key)] += 1 for every key that begins with the digits found so far. Digits, from the top: bits 30..20
+// (level 0), 19..10 (level 1), 9..0 (level 2); bit 31 is 0. Three calls find the k-th least key of any number of
+// matrices.
+constexpr int64_t kHistogramBins = 2048;
+struct KeyHistogram {
+  Keys keys;
+  int64_t* counts;        // [kHistogramBins]
+  const int64_t* prefix;  // a single number: key >> 20 at level 1, key >> 10 at level 2, not read at level 0
+  int64_t level;
+};
+
+// below[i], equal[i] = how many keys of row i are less than / equal to *threshold.
+struct CountKeys {
+  Keys keys;
+  const int64_t* threshold;  // a single number
+  int64_t* below;            // [out]
+  int64_t* equal;            // [out]
+};
+
+// plus = weight + eps z, minus = weight - eps z, z ~ N(0, 1) by normal4() of philox.h; product and sums in fp32, each
+// rounded once more on storing. Element e takes number (e % 64) / 16 of the four of counter e / 64 * 16 + e % 16.
+struct Perturb {
+  const void* weight;  // [count], contiguous
+  void* plus;          // [count], contiguous
+  void* minus;         // [count], contiguous
+  int64_t count;
+  uint64_t seed, tensor;
+  float eps;
+  DType dtype;  // of weight, plus and minus
+};
+
+// Declares every launcher; `where` is its last parameter.
+#define VLPRUNE_DECLARE_OPS(where)                       \
+  void leave_one_out(const LeaveOneOut& args, where);    \
+  void retrieval_rank(const RetrievalRank& args, where); \
+  void column_norm_sq(const ColumnNormSq& args, where);  \
+  void prune_smallest(const PruneSmallest& args, where); \
+  void prune_nm(const PruneNM& args, where);             \
+  void key_histogram(const KeyHistogram& args, where);   \
+  void count_keys(const CountKeys& args, where);         \
+  void perturb(const Perturb& args, where);
+
 namespace cpu {
-void leave_one_out(const LeaveOneOut& args, int threads);
-void retrieval_rank(const RetrievalRank& args, int threads);
+VLPRUNE_DECLARE_OPS(int threads)
 }  // namespace cpu
 
 namespace cuda {
-void leave_one_out(const LeaveOneOut& args, void* stream);
-void retrieval_rank(const RetrievalRank& args, void* stream);
+VLPRUNE_DECLARE_OPS(void* stream)
 }  // namespace cuda
 
 }  // namespace vlprune

@@ -31,61 +31,62 @@ VISION = ("vision",)
 def variants() -> dict[str, tuple[type, dict]]:
     """Name -> method and fields. A method in n steps reaches a quarter removed after n / 2 of them."""
     one_shot, stepwise = {"steps": 1}, {"steps": 6}
-    uniform, glob = {"scope": "layer"}, {"scope": "global"}
+    layer, kind = {"scope": "layer", "cost": "params"}, {"scope": "kind", "cost": "params"}
+    tower = {"scope": "tower", "cost": "flops"}
     table = {
-        "random, uniform": (vp.Random, {**one_shot, **uniform}),
-        "random, global": (vp.Random, {**one_shot, **glob}),
-        "magnitude, uniform": (vp.Magnitude, {**one_shot, **uniform}),
-        "magnitude, global": (vp.Magnitude, {**one_shot, **glob}),
-        "Taylor, uniform": (vp.Taylor, {**one_shot, **uniform}),
-        "Taylor, global": (vp.Taylor, {**one_shot, **glob}),
-        "Taylor, global, 6 steps": (vp.Taylor, {**stepwise, **glob}),
-        "Taylor per sample, global, 6 steps": (vp.Taylor, {**stepwise, **glob, "per_sample": True}),
-        "MoPE by recall@1, uniform (published)": (vp.MoPE, {**one_shot, **uniform, "objective": "recall@1"}),
-        "MoPE by recall@1, global": (vp.MoPE, {**one_shot, **glob, "objective": "recall@1"}),
-        "MoPE by recall@1, global, 6 steps": (vp.MoPE, {**stepwise, **glob, "objective": "recall@1"}),
-        "MoPE by cross-entropy, uniform": (vp.MoPE, {**one_shot, **uniform}),
-        "MoPE by cross-entropy, global": (vp.MoPE, {**one_shot, **glob}),
-        "MoPE by cross-entropy, uniform, 6 steps": (vp.MoPE, {**stepwise, **uniform}),
-        "MoPE by margin, global, 6 steps": (vp.MoPE, {**stepwise, **glob, "objective": "margin"}),
-        "MoPE by cross-entropy, global, 6 steps": (vp.MoPE, {**stepwise, **glob}),
-        "the same, early stopping, 1,024 scenes": (vp.MoPE, {**stepwise, **glob, "exact": False}),
+        "random, per layer": (vp.Random, {**one_shot, **layer}),
+        "random, per kind": (vp.Random, {**one_shot, **kind}),
+        "magnitude, per layer": (vp.Magnitude, {**one_shot, **layer}),
+        "magnitude, per kind": (vp.Magnitude, {**one_shot, **kind}),
+        "magnitude, per tower": (vp.Magnitude, {**one_shot, **tower}),
+        "Taylor, per layer": (vp.Taylor, {**one_shot, **layer}),
+        "Taylor, per kind": (vp.Taylor, {**one_shot, **kind}),
+        "Taylor, per kind, 6 steps": (vp.Taylor, {**stepwise, **kind}),
+        "Taylor, per tower, 6 steps": (vp.Taylor, {**stepwise, **tower}),
+        "MoPE by recall@1, per layer (published)": (vp.MoPE, {**one_shot, **layer, "objective": "recall@1"}),
+        "MoPE by recall@1, per kind": (vp.MoPE, {**one_shot, **kind, "objective": "recall@1"}),
+        "MoPE by cross-entropy, per layer": (vp.MoPE, {**one_shot, **layer}),
+        "MoPE by cross-entropy, per layer, 6 steps": (vp.MoPE, {**stepwise, **layer}),
+        "MoPE by cross-entropy, per kind": (vp.MoPE, {**one_shot, **kind}),
+        "MoPE by cross-entropy, per kind, 6 steps": (vp.MoPE, {**stepwise, **kind}),
+        "the same, groups of 32": (vp.MoPE, {**stepwise, **kind, "neurons_per_group": 32}),
+        "the same, early stopping, 1,024 scenes": (vp.MoPE, {**stepwise, **kind, "exact": False}),
         "by margin, early stopping, 1,024 scenes": (
             vp.MoPE,
-            {**stepwise, **glob, "exact": False, "objective": "margin"},
+            {**stepwise, **kind, "exact": False, "objective": "margin"},
         ),
-        "the same, groups of 32": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 32}),
-        "the same, groups of 16": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 16}),
-        "the same, rewired": (vp.MoPE, {**stepwise, **glob, "rewire": True}),
-        "the same, groups of 16, rewired": (vp.MoPE, {**stepwise, **glob, "neurons_per_group": 16, "rewire": True}),
-        "the same, one budget of parameters": (vp.MoPE, {**stepwise, **glob, "compete": True}),
-        "the same, one budget of FLOPs": (vp.MoPE, {**stepwise, **glob, "compete": True, "cost": "flops"}),
-        "the same, 12 steps": (vp.MoPE, {**glob, "steps": 12}),
-        "the same, 24 steps": (vp.MoPE, {**glob, "steps": 24}),
-        "Taylor, groups of 16, 6 steps": (vp.Taylor, {**stepwise, **glob, "neurons_per_group": 16}),
+        "MoPE, per tower, one-shot": (vp.MoPE, {**one_shot, **tower}),
+        "MoPE, per tower, 6 steps (default)": (vp.MoPE, {}),
+        "the default, by parameters": (vp.MoPE, {"cost": "params"}),
+        "the default, by recall@1": (vp.MoPE, {"objective": "recall@1"}),
+        "the default, by margin": (vp.MoPE, {"objective": "margin"}),
+        "the default, groups of 32": (vp.MoPE, {"neurons_per_group": 32}),
+        "the default, rewired": (vp.MoPE, {"rewire": True}),
+        "the default, 12 steps": (vp.MoPE, {"steps": 12}),
+        "the default, early stopping, 1,024 scenes": (vp.MoPE, {"exact": False}),
     }
     named = {name: (method, {**fields, "towers": VISION}) for name, (method, fields) in table.items()}
     both = {
-        "both towers: random, uniform": (vp.Random, {**one_shot, **uniform}),
-        "both towers: magnitude, uniform": (vp.Magnitude, {**one_shot, **uniform}),
-        "both towers: Taylor, global, 6 steps": (vp.Taylor, {**stepwise, **glob}),
-        "both towers: MoPE by recall@1, uniform (published)": (
+        "both towers: random, per layer": (vp.Random, {**one_shot, **layer}),
+        "both towers: magnitude, per layer": (vp.Magnitude, {**one_shot, **layer}),
+        "both towers: magnitude, per kind": (vp.Magnitude, {**one_shot, **kind}),
+        "both towers: magnitude, per tower": (vp.Magnitude, {**one_shot, **tower}),
+        "both towers: Taylor, per kind, 6 steps": (vp.Taylor, {**stepwise, **kind}),
+        "both towers: Taylor, per tower, 6 steps": (vp.Taylor, {**stepwise, **tower}),
+        "both towers: MoPE by recall@1, per layer (published)": (
             vp.MoPE,
-            {**one_shot, **uniform, "objective": "recall@1"},
+            {**one_shot, **layer, "objective": "recall@1"},
         ),
+        "both towers: MoPE, per kind, 6 steps": (vp.MoPE, {**stepwise, **kind}),
         "both towers: MoPE, default": (vp.MoPE, {}),
-        "both towers: MoPE, one budget of parameters": (vp.MoPE, {"compete": True, "across_towers": True}),
-        "both towers: MoPE, one budget of FLOPs": (
-            vp.MoPE,
-            {"compete": True, "across_towers": True, "cost": "flops"},
-        ),
+        "both towers: MoPE, one budget for both": (vp.MoPE, {"scope": "model"}),
     }
     return named | both
 
 
 def remember(method, seen: dict) -> None:
     """Rank the same modules of the same half-pruned model once, whichever variant and keep ratio asks."""
-    own = {"keep_heads", "keep_neurons", "keep_layers", "scope", "compete", "across_towers", "cost", "steps", "towers"}
+    own = {"keep_heads", "keep_neurons", "keep_layers", "scope", "cost", "steps", "towers"}
     fields = {key: value for key, value in method.describe().items() if key not in own}
     rank = method.importance
 

@@ -18,8 +18,18 @@ from vlprune_ext.plan import Plan
 from vlprune_ext.replay import Replay
 from vlprune_ext.surgery import masked
 
-REPLAYED = [name for name in tiny.NAMES if name != "vit"]
+REPLAYED = [name for name in tiny.ALL if name != "vit"]
 ROWS = 7  # of calibration data, in batches of 3, 3 and 1
+
+
+def passing_by(forward):
+    """The stream that enters a block leaves it; whatever else the block hands on (T5: position biases) stays."""
+
+    def call(hidden_states, *args, **kwargs):
+        output = forward(hidden_states, *args, **kwargs)
+        return hidden_states if isinstance(output, torch.Tensor) else (hidden_states, *output[1:])
+
+    return call
 
 
 @contextmanager
@@ -28,7 +38,7 @@ def dropped(anatomy, intervention):
     block = anatomy.tower(intervention.tower).blocks[intervention.layer]
     with Patches() as patches:
         if intervention.kind == "layer":
-            patches.forward(block.module, lambda hidden_states, *_, **__: hidden_states)
+            patches.forward(block.module, passing_by(block.module.forward))
         else:
             site = block.sites[intervention.kind]
             columns = torch.tensor([u * site.width + i for u in intervention.units for i in range(site.width)])
@@ -98,11 +108,11 @@ def test_equals_naive(name, stacked_rows, device):
         changed = 0
         for intervention, out in zip(interventions, outputs, strict=True):
             expected = naive(anatomy, objective, tower, intervention, batches)
-            torch.testing.assert_close(out, expected, rtol=0, atol=1e-5, msg=lambda m, i=intervention: f"{i}: {m}")
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m, i=intervention: f"{i}: {m}")
             changed += (expected - plain).abs().max().item() > 1e-3
         # LLaVA reads the vision tower before its last block, so that nothing in there matters.
         dead = sum(i.layer == len(anatomy.tower(tower)) - 1 for i in interventions)
-        unread = dead if name == "llava" and tower == "vision" else 0
+        unread = dead if name.startswith("llava") and tower == "vision" else 0
         assert changed == len(interventions) - unread
 
 
@@ -130,7 +140,7 @@ def assert_same_order(a, b, tie=1e-5):
     assert (a[order].diff() > -2 * tie).all()
 
 
-@pytest.mark.parametrize("name", ["clip", "llava"])
+@pytest.mark.parametrize("name", ["clip", "llava", "t5", "blip2_opt"])
 def test_block_runs_equal_the_formula(name):
     """What the model's own block code was called for, counted on the class, is what the formula says."""
     anatomy, objective, data, batch_size = setup(name, "cpu")

@@ -14,7 +14,7 @@ from vlprune_ext.plan import Plan
 from vlprune_ext.surgery import apply, masked, round_plan
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-PRE_NORM = ("clip", "siglip", "llava", "vit", "llama")
+PRE_NORM = tuple(name for name in tiny.ALL if not name.startswith("blip_") and name != "opt_post_norm")
 
 
 def plan_for(model, **removed):
@@ -55,7 +55,7 @@ def assert_same_state(before, after):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_removed_equals_masked(name, seed):
     model = tiny.build(name, seed)
     values = tiny.inputs(name, model, 4, seed)
@@ -69,17 +69,21 @@ def test_removed_equals_masked(name, seed):
     torch.testing.assert_close(tiny.outputs(name, model, values), expected, **CLOSE)
 
     rounded = round_plan(plan, round_to)
+    sites = {tower: t.blocks[0].sites for tower, t in describe(model).towers.items()}
     for tower, blocks in plan.shape.items():
         stays = [layer for layer in range(len(blocks)) if layer not in plan.layers.get(tower, [])]
         wanted = [
-            {kind: count - len(rounded.removed(tower, kind, layer)) for kind, count in blocks[layer].items()}
+            {
+                kind: count - len(rounded.removed(tower, kind, layer)) * surgery._removable(sites[tower][kind])
+                for kind, count in blocks[layer].items()
+            }
             for layer in stays
         ]
         assert describe(model).shape()[tower] == wanted
         assert describe(model).towers[tower].config.num_hidden_layers >= len(stays)
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_masked_equals_dead_units(name):
     """An independent reading of the table: a unit whose value (or neuron) is zero is what a mask makes of it."""
     reference = tiny.build(name)
@@ -100,7 +104,7 @@ def test_masked_equals_dead_units(name):
         torch.testing.assert_close(tiny.outputs(name, model, values), tiny.outputs(name, reference, values), **CLOSE)
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_mask_mode_equals_masked(name):
     model = tiny.build(name)
     values = tiny.inputs(name, model)
@@ -117,7 +121,7 @@ def test_mask_mode_equals_masked(name):
     assert model.vlprune["plans"][0]["zeroed"]
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_all_units_of_a_block(name):
     """A site that loses everything keeps one zeroed unit, and gives its bias alone."""
     model = tiny.build(name)
@@ -131,9 +135,10 @@ def test_all_units_of_a_block(name):
         expected = tiny.outputs(name, model, values)
     apply(model, plan)
     torch.testing.assert_close(tiny.outputs(name, model, values), expected, **CLOSE)
-    for blocks in describe(model).shape().values():
-        assert set(blocks[0].values()) == {1}
-        assert blocks[1]["neurons"] == 1
+    for name, tower in describe(model).towers.items():
+        for kind, site in tower.blocks[0].sites.items():
+            assert site.units == (1 if surgery._removable(site) else plan.shape[name][0][kind])
+        assert tower.blocks[1].sites["neurons"].units == 1
     kinds = sum(len(blocks[0]) + 1 for blocks in plan.shape.values())
     assert len(model.vlprune["plans"][0]["zeroed"]) == kinds
 
@@ -270,16 +275,19 @@ def test_blip_generates_after_surgery():
 # --- what survives ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_modules_hooks_and_flags_survive(name):
     model = tiny.build(name).to(torch.float64)
-    site = describe(model).towers[next(iter(describe(model).towers))].blocks[1].sites["head"]
+    tower = next(iter(describe(model).towers))
+    sites = describe(model).towers[tower].blocks[1].sites
+    kind = "head" if surgery._removable(sites["head"]) else "neurons"
+    site = sites[kind]
     site.out.weight.requires_grad_(False)
     seen = []
     site.out.register_forward_hook(lambda m, args, out: seen.append((m, args[0].shape[-1])))
-    tower = next(iter(describe(model).towers))
-    apply(model, plan_for(model, head=[(tower, 1, [0])], layer=[(tower, 0, [])]))
-    after = describe(model).towers[tower].blocks[0].sites["head"]
+    gone = [] if tiny.whole(model, tower) else [(tower, 0, [])]
+    apply(model, plan_for(model, **{kind: [(tower, 1, [0])]}, layer=gone), round_to=1)
+    after = describe(model).towers[tower].blocks[1 - len(gone)].sites[kind]
     assert after.out is site.out
     assert after.inputs == site.inputs
     assert not after.out.weight.requires_grad
@@ -419,7 +427,7 @@ def test_attention_that_cannot_shrink_is_zeroed(monkeypatch):
 # --- masks come off --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_a_mask_leaves_no_trace(name):
     model = tiny.build(name)
     values = tiny.inputs(name, model)
@@ -434,13 +442,14 @@ def test_a_mask_leaves_no_trace(name):
     assert torch.equal(tiny.outputs(name, model, values), dense)
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_a_mask_comes_off_when_the_forward_raises(name):
     model = tiny.build(name)
     values = tiny.inputs(name, model)
     tower = list(describe(model).towers.values())[-1]
     plan = tiny.uneven_plan(model, 0, layers=False)
-    plan.add(tower.name, "layer", 0, [])
+    if not tiny.whole(model, tower.name):
+        plan.add(tower.name, "layer", 0, [])
 
     def fail(*_):
         raise RuntimeError("inside the forward")

@@ -1,4 +1,4 @@
-"""DigitScenes and the shipped model: nothing leaks between splits, and the model does what its card says."""
+"""DigitScenes and the shipped models: nothing leaks between splits, and the models do what their cards say."""
 
 from __future__ import annotations
 
@@ -13,11 +13,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from vlprune_ext import zoo
 from vlprune_ext.zoo import DigitScenes
-from vlprune_ext.zoo.digit_scenes import COLOURS, POSITIONS, SINGLES, SPLITS, digits, split_indices
+from vlprune_ext.zoo.digit_scenes import (
+    COLOURS,
+    PLAIN_KINDS,
+    POSITIONS,
+    QUESTION_SHARES,
+    SINGLES,
+    SPLITS,
+    Object,
+    Scene,
+    digits,
+    split_indices,
+)
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_zoo.py"
 
@@ -35,6 +55,21 @@ def model(folder):
 @pytest.fixture(scope="module")
 def processor(folder):
     return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def llava_folder():
+    return zoo.path("llava-digits")
+
+
+@pytest.fixture(scope="module")
+def llava(llava_folder):
+    return LlavaForConditionalGeneration.from_pretrained(llava_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def llava_processor(llava_folder):
+    return AutoProcessor.from_pretrained(llava_folder)
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +176,75 @@ def test_bad_arguments_are_named(arguments, message):
         DigitScenes(**arguments)
 
 
-# --- the shipped model -----------------------------------------------------------------------------------------------
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+def answer_by_caption(text, caption):
+    """The answer from the words of a caption alone; None if the question has more than one."""
+    things = [re.fullmatch(r"an? (\w+) (\d) (\w+ \w+)", phrase).groups() for phrase in caption.split(", ")]
+    if text == "how many digits are there ?":
+        return str(len(things))
+    wanted, key = re.fullmatch(r"what (digit|colour) is (?:the )?(.+) \?", text).groups()
+    found = [
+        {"colour": colour, "digit": digit}[wanted] for colour, digit, place in things if key in (colour, digit, place)
+    ]
+    if not found and key in POSITIONS:
+        return "none"
+    return found[0] if len(found) == 1 else None
+
+
+def test_the_questions_of_a_known_scene():
+    objects = Object(0, 0, 3, 0), Object(1, 5, 3, 0), Object(3, 0, 7, 0)
+    asked = {q.text: q.answer for q in Scene(np.zeros((48, 48, 3), np.uint8), objects).questions}
+    assert asked == {
+        "what digit is top left ?": "3",
+        "what colour is top left ?": "red",
+        "what digit is top right ?": "3",
+        "what colour is top right ?": "blue",
+        "what digit is bottom left ?": "none",
+        "what colour is bottom left ?": "none",
+        "what digit is bottom right ?": "7",
+        "what colour is bottom right ?": "red",
+        "what digit is blue ?": "3",  # red and 3 occur twice
+        "what colour is the 7 ?": "red",
+        "how many digits are there ?": "3",
+    }
+
+
+def test_every_question_has_one_answer_of_one_word():
+    scenes = DigitScenes("train", 200)
+    for scene, questions in zip(scenes, scenes.questions, strict=True):
+        assert len({q.text for q in questions}) == len(questions)
+        for question in questions:
+            assert question.answer == answer_by_caption(question.text, scene.caption)
+            assert question.answer.isalnum()
+            assert question.kind in QUESTION_SHARES
+
+
+def test_one_question_a_scene_is_chosen_by_seed():
+    scenes = DigitScenes("test", 1000)
+    first = scenes.asked()
+    assert first == scenes.asked(0) == DigitScenes("test", 1000).asked(0)
+    assert first != scenes.asked(1)
+    assert DigitScenes("test", 40).asked(5) == scenes.asked(5)[:40]
+    assert all(question in scene.questions for question, scene in zip(first, scenes, strict=True))
+    kinds = [question.kind for question in first]
+    for kind, share in QUESTION_SHARES.items():
+        assert kinds.count(kind) / 1000 == pytest.approx(share, abs=0.05)
+    assert sum(question.answer.isdigit() for question in first if question.kind != "count") > 350
+    with pytest.raises(ValueError, match="seed is -1"):
+        scenes.asked(-1)
+    assert {question.kind for question in scenes.asked(kinds=PLAIN_KINDS)} == set(PLAIN_KINDS)
+    with pytest.raises(ValueError, match=r"kinds is \('size',\), but the scene"):
+        scenes.asked(kinds=("size",))
+
+
+# --- clip-digits -----------------------------------------------------------------------------------------------------
 
 
 def test_names_and_paths():
-    assert "clip-digits" in zoo.names()
+    assert zoo.names() == sorted(zoo.names())
+    assert {"clip-digits", "llava-digits"} <= set(zoo.names())
     assert (zoo.path("clip-digits") / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="no model named 'clip-letters' in the zoo, which has clip-digits"):
         zoo.path("clip-letters")
@@ -192,7 +291,7 @@ def test_the_tokenizer_knows_every_word_and_ends_where_clip_looks(model, process
 
 def test_the_processor_gives_what_training_saw(processor, train_zoo):
     scenes = DigitScenes("calibration", 8)
-    seen = train_zoo.inputs_of(scenes, processor.tokenizer)
+    seen = train_zoo.ClipDigits.inputs_of(scenes, processor.tokenizer)
     pictures = [Image.fromarray(image) for image in scenes.images]
     given = processor(images=pictures, text=scenes.captions, padding=True, return_tensors="pt")
     assert set(given) == set(seen)
@@ -219,27 +318,150 @@ def test_it_retrieves_scenes_of_digits_it_never_saw(model, processor):
 def test_the_card_says_what_is_measured(folder, model, processor, train_zoo):
     card = (folder / "README.md").read_text()
     stated = float(re.search(r"^\| test \| ([0-9.]+) ", card, re.MULTILINE).group(1))
-    measured = train_zoo.recall(model, train_zoo.inputs_of(DigitScenes("test", 1000), processor.tokenizer))
+    measured = train_zoo.ClipDigits.recall(
+        model, train_zoo.ClipDigits.inputs_of(DigitScenes("test", 1000), processor.tokenizer)
+    )
     assert measured["recall@1"] == pytest.approx(stated, abs=0.003)
+
+
+# --- llava-digits ----------------------------------------------------------------------------------------------------
+
+
+def answers(model, processor, scenes, questions):
+    """What is generated for one question a scene, cut at its end."""
+    pictures = [Image.fromarray(scene.image) for scene in scenes]
+    texts = [f"<image> {question.text}" for question in questions]
+    inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    given = model.generate(**inputs, max_new_tokens=2)[:, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.batch_decode(given, skip_special_tokens=True)
+
+
+def test_llava_loads_offline_by_every_usual_door_without_a_warning(llava_folder, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(AutoModelForImageTextToText.from_pretrained(llava_folder), LlavaForConditionalGeneration)
+        assert isinstance(AutoProcessor.from_pretrained(llava_folder), LlavaProcessor)
+        AutoTokenizer.from_pretrained(llava_folder)
+    assert "torchvision" not in capfd.readouterr().err
+
+
+def test_llava_is_small_and_safe(llava_folder, llava):
+    files = {path.name for path in llava_folder.iterdir()}
+    assert files == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(path.stat().st_size for path in llava_folder.iterdir()) < 12 * 2**20
+    text = llava.config.text_config
+    assert text.num_key_value_heads < text.num_attention_heads
+    card = (llava_folder / "README.md").read_text()
+    assert "UCI" in card
+    assert "CC BY 4.0" in card
+
+
+def test_its_processor_makes_a_picture_36_tokens_and_knows_every_word(llava, llava_processor):
+    scenes = DigitScenes("train", 200)
+    tokenizer = llava_processor.tokenizer
+    inputs = llava_processor(
+        images=[Image.fromarray(scenes[0].image)], text=["<image> what digit is top left ?"], return_tensors="pt"
+    )
+    ids = inputs["input_ids"][0].tolist()
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(llava.config.image_token_id) == 36 == len(ids) - 1 - 6  # BOS and six words
+    assert tokenizer.padding_side == "left"
+    assert llava.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert llava.generation_config.pad_token_id == tokenizer.pad_token_id
+    texts = [*scenes.captions, *(word for asked in scenes.questions for q in asked for word in (q.text, q.answer))]
+    lengths = set()
+    for ids in tokenizer(texts)["input_ids"]:
+        assert tokenizer.unk_token_id not in ids
+        lengths.add(len(ids))
+    assert 36 + max(lengths) <= llava.config.text_config.max_position_embeddings
+
+
+def test_it_answers_about_digits_it_never_saw(llava, llava_processor):
+    scenes = DigitScenes("test", 200)
+    questions = scenes.asked(seed=1, kinds=PLAIN_KINDS)
+    given = answers(llava, llava_processor, scenes, questions)
+    right = [answer == question.answer for answer, question in zip(given, questions, strict=True)]
+    assert np.mean(right) > 0.9
+    read = [ok for ok, question in zip(right, questions, strict=True) if question.answer.isdigit()]
+    assert np.mean(read) > 0.9  # not by colours and empty places alone
+
+
+def test_it_looks_at_the_picture(llava, llava_processor):
+    scenes = DigitScenes("test", 100)
+    questions = scenes.asked(kinds=PLAIN_KINDS)
+    given = answers(llava, llava_processor, scenes[50:] + scenes[:50], questions)
+    assert np.mean([answer == question.answer for answer, question in zip(given, questions, strict=True)]) < 0.5
+
+
+def test_left_padding_changes_no_answer(llava, llava_processor):
+    scenes = DigitScenes("test", 12)
+    questions = [scene.questions[i % 2 * 8] for i, scene in enumerate(scenes)]
+    assert len({len(question.text.split()) for question in questions}) > 1
+    together = answers(llava, llava_processor, scenes, questions)
+    for scene, question, answer in zip(scenes, questions, together, strict=True):
+        assert answers(llava, llava_processor, [scene], [question]) == [answer]
+
+
+def test_it_generates_what_its_card_counts(llava_folder, llava, llava_processor, train_zoo):
+    scenes = DigitScenes("test", 100)
+    questions = scenes.asked()
+    recipe = train_zoo.LlavaDigits()
+    counted = recipe.matches(llava, recipe.packed(scenes, [[question] for question in questions]))
+    given = answers(llava, llava_processor, scenes, questions)
+    assert counted.tolist() == [answer == question.answer for answer, question in zip(given, questions, strict=True)]
+    card = (llava_folder / "README.md").read_text()
+    stated = float(re.search(r"^\| exact match \|.*\| ([0-9.]+) \|$", card, re.MULTILINE).group(1))
+    measured = recipe.matches(llava, recipe.examined("test")[1]).double().mean().item()
+    assert measured == pytest.approx(stated, abs=0.003)
+
+
+def test_texts_packed_behind_one_picture_cost_what_they_cost_alone(llava, train_zoo):
+    recipe = train_zoo.LlavaDigits()
+    scenes = DigitScenes("calibration", 3)
+    asked = [scene.questions[:3] for scene in scenes]
+    with torch.no_grad():
+        packed = llava(**recipe.packed(scenes, asked, captions=True)).loss
+        alone = [recipe.packed(scenes, [()] * 3, captions=True)]
+        alone += [recipe.packed(scenes, [[questions[i]] for questions in asked]) for i in range(3)]
+        scored = [int((inputs["labels"] != -100).sum()) for inputs in alone]
+        losses = [llava(**inputs).loss for inputs in alone]
+        plain = {name: alone[1][name] for name in ("pixel_values", "input_ids", "labels")}
+        torch.testing.assert_close(llava(**plain).loss, losses[1], rtol=1e-4, atol=1e-6)
+    weighted = sum(n * loss for n, loss in zip(scored, losses, strict=True)) / sum(scored)
+    torch.testing.assert_close(packed, weighted, rtol=1e-4, atol=1e-6)
 
 
 # --- the training script ---------------------------------------------------------------------------------------------
 
 
-def test_training_is_deterministic_and_leaves_a_loadable_folder(train_zoo, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "kind", "score"),
+    [("clip-digits", "clip", "recall@1"), ("llava-digits", "llava", "exact match")],
+)
+def test_training_is_deterministic_and_leaves_a_loadable_folder(
+    train_zoo, tmp_path, monkeypatch, capsys, name, kind, score
+):
     monkeypatch.setattr(train_zoo, "EVALUATED", 20)
     threads = torch.get_num_threads()
     stages = [train_zoo.Stage(steps=2, batch=8, objects=(1, 2), alike=alike, rate=1e-3) for alike in (1, 4)]
     try:
-        for name in ("first", "second"):
-            train_zoo.train_clip_digits(tmp_path / name, seed=7, threads=1, stages=stages)
+        for folder in ("first", "second"):
+            train_zoo.train(name, tmp_path / folder, seed=7, threads=1, stages=stages)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
+    first, second = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("first", "second"))
     assert first == second
-    assert AutoModel.from_pretrained(tmp_path / "first").config.model_type == "clip"
-    assert "validation recall@1" in capsys.readouterr().out
+    assert AutoModel.from_pretrained(tmp_path / "first").config.model_type == kind
+    assert f"validation {score}" in capsys.readouterr().out
     card = (tmp_path / "first" / "README.md").read_text()
-    assert "--seed 7 --threads 1" in card
+    assert f"{name} --out DIR --seed 7 --threads 1" in card
     assert "every 4 in a row differ in their digits alone" in card

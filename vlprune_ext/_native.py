@@ -21,6 +21,8 @@ except ImportError as error:
         " package: 'pip install .' or 'pip install --no-build-isolation -e .' in the source folder, with this Python."
     ) from error
 
+NORM_CHUNK: int = _C.norm_chunk
+HISTOGRAM_BINS: int = _C.histogram_bins
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType in csrc/dtype.h
 
 
@@ -104,4 +106,86 @@ def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor, best: Tens
         positives.shape[1],
         gallery.shape[0] == 1,
         DTYPES[query.dtype],
+    )
+
+
+def column_norm_sq(acc: Tensor, x: Tensor, token_weight: Tensor | None, partial: Tensor) -> None:
+    if x.numel() == 0:
+        return
+    _launch(
+        "column_norm_sq",
+        x.device,
+        acc.data_ptr(),
+        x.data_ptr(),
+        _address(token_weight),
+        partial.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        DTYPES[x.dtype],
+    )
+
+
+def prune_smallest(
+    weight: Tensor, scale: Tensor | None, mask: Tensor | None, k: int, k_of_row: Tensor | None = None
+) -> None:
+    if weight.numel() == 0:
+        return
+    _launch("prune_smallest", weight.device, _keys(weight, scale), _address(mask), k, _address(k_of_row))
+
+
+def prune_nm(weight: Tensor, scale: Tensor | None, mask: Tensor | None, n: int, m: int) -> None:
+    if weight.numel() == 0:
+        return
+    _launch("prune_nm", weight.device, _keys(weight, scale), _address(mask), n, m)
+
+
+def key_histogram(weight: Tensor, scale: Tensor | None, counts: Tensor, prefix: Tensor | None, level: int) -> None:
+    if weight.numel() == 0:
+        return
+    _launch("key_histogram", weight.device, _keys(weight, scale), counts.data_ptr(), _address(prefix), level)
+
+
+def count_keys(weight: Tensor, scale: Tensor | None, threshold: Tensor, below: Tensor, equal: Tensor) -> None:
+    if weight.numel() == 0:
+        return
+    _launch(
+        "count_keys",
+        weight.device,
+        _keys(weight, scale),
+        threshold.data_ptr(),
+        below.data_ptr(),
+        equal.data_ptr(),
+    )
+
+
+def perturb(weight: Tensor, plus: Tensor, minus: Tensor, seed: int, tensor_id: int, eps: float) -> None:
+    if weight.numel() == 0:
+        return
+    _launch(
+        "perturb",
+        weight.device,
+        weight.data_ptr(),
+        plus.data_ptr(),
+        minus.data_ptr(),
+        weight.numel(),
+        seed,
+        tensor_id,
+        eps,
+        DTYPES[weight.dtype],
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _keys(weight: Tensor, scale: Tensor | None) -> tuple[int, int, int, int, int, int]:
+    return (
+        weight.data_ptr(),
+        _address(scale),
+        weight.shape[0],
+        weight.shape[1],
+        weight.stride(0),
+        DTYPES[weight.dtype],
     )

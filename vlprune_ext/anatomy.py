@@ -7,7 +7,7 @@ heads of an attention, the neurons of an MLP. Nothing here runs a model or chang
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, Protocol, cast
@@ -43,6 +43,8 @@ class Layout:
 
     sites: tuple[SitePaths, ...]
     norm: str = ""  # the norm in front of the attention; "" for post-norm blocks
+    pre_norm: str = ""  # attribute of the block that is False where `norm` comes after; "" = it never does
+    fixed: str = ""  # why a block cannot be taken out of its list; "" = it can
 
 
 def _pre_norm(attention: str, qkv: tuple[str, ...], out: str, norms: tuple[str, str], up, down, **attention_fields):
@@ -71,6 +73,30 @@ def _bert_attention(kind: str, root: str) -> SitePaths:
         owner=f"{root}.self",
         counts=("num_attention_heads",),
         widths=("all_head_size",),
+    )
+
+
+def _t5_attention(kind: str, root: str) -> SitePaths:
+    # Every block adds the same position bias, one for each head, so that all of them have the same number of heads.
+    return SitePaths(
+        kind,
+        module=root,
+        out=f"{root}.o",
+        inputs=tuple(f"{root}.{name}" for name in "qkv"),
+        skip=(f"{root.rpartition('.')[0]}.layer_norm",),
+        owner=root,
+        removable=False,
+    )
+
+
+def _t5_neurons(place: int, *inputs: str) -> SitePaths:
+    root = f"layer.{place}.DenseReluDense"
+    return SitePaths(
+        "neurons",
+        module=root,
+        out=f"{root}.wo",
+        inputs=tuple(f"{root}.{name}" for name in inputs),
+        skip=(f"layer.{place}.layer_norm",),
     )
 
 
@@ -105,6 +131,15 @@ _LLAMA = _pre_norm(
     "down_proj",
     free_head_dim=True,
 )
+_QWEN = _pre_norm(
+    "self_attn",
+    _QKV,
+    "o_proj",
+    ("input_layernorm", "post_attention_layernorm"),
+    ("gate_proj", "up_proj"),
+    "down_proj",
+    counts=("num_heads", "num_key_value_heads"),
+)
 _BERT = Layout(
     (
         _bert_attention("head", "attention"),
@@ -115,6 +150,37 @@ _BERT = Layout(
     )
 )
 
+_T5 = Layout(
+    (
+        _t5_attention("head", "layer.0.SelfAttention"),
+        _t5_attention("cross_head", "layer.1.EncDecAttention"),
+        # Second in an encoder, third in a decoder; gated from version 1.1 on.
+        *(_t5_neurons(place, *up) for place in (1, 2) for up in (("wi",), ("wi_0", "wi_1"))),
+    ),
+    norm="layer.0.layer_norm",
+    fixed="T5's first block holds the position bias that all of them add",
+)
+# The norms come before or after, so that they always run.
+_OPT = Layout(
+    (
+        SitePaths(
+            "head",
+            module="self_attn",
+            out="self_attn.out_proj",
+            inputs=tuple(f"self_attn.{name}" for name in _QKV),
+            owner="self_attn",
+            counts=("num_heads",),
+        ),
+        SitePaths("neurons", module="fc2", out="fc2", inputs=("fc1",), skip=("fc1", "activation_fn")),
+    ),
+    norm="self_attn_layer_norm",
+    pre_norm="do_layer_norm_before",
+)
+_QWEN_VISION = _pre_norm(
+    "attn", ("qkv",), "proj", ("norm1", "norm2"), ("gate_proj", "up_proj"), "down_proj", counts=("num_heads",)
+)
+_QWEN_VISION = replace(_QWEN_VISION, fixed="the config says by number which of them attend to whole images")
+
 # Block class -> layout.
 LAYOUTS: dict[str, Layout] = {
     "CLIPEncoderLayer": _CLIP,
@@ -123,6 +189,12 @@ LAYOUTS: dict[str, Layout] = {
     "BlipTextLayer": _BERT,
     "ViTLayer": _VIT,
     "LlamaDecoderLayer": _LLAMA,
+    "Qwen2_5_VLDecoderLayer": _QWEN,
+    "Qwen2_5_VLVisionBlock": _QWEN_VISION,
+    "Blip2EncoderLayer": _BLIP,
+    "InstructBlipEncoderLayer": _BLIP,
+    "OPTDecoderLayer": _OPT,
+    "T5Block": _T5,
 }
 
 
@@ -159,6 +231,7 @@ class Block:
     module: nn.Module
     sites: dict[str, Site]  # in the order in which they run
     norm: nn.Module | None
+    fixed: str = ""  # why it cannot be taken out of its list
 
     @property
     def params(self) -> int:
@@ -173,12 +246,16 @@ def _linear(root: nn.Module, path: str) -> nn.Linear:
     return cast(nn.Linear, _resolve(root, path))
 
 
-def _has(root: nn.Module, path: str) -> bool:
+def _has(root: nn.Module, *paths: str) -> bool:
     try:
-        _resolve(root, path)
+        for path in paths:
+            _resolve(root, path)
     except AttributeError:
         return False
     return True
+
+
+_HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim")  # what attention classes call it
 
 
 def _bind_site(block: nn.Module, paths: SitePaths) -> Site:
@@ -188,7 +265,7 @@ def _bind_site(block: nn.Module, paths: SitePaths) -> Site:
         units = out.in_features
     else:
         owner: Any = _resolve(block, paths.owner)
-        head_dim: int = getattr(owner, "head_dim", None) or owner.attention_head_size
+        head_dim: int = next(getattr(owner, name) for name in _HEAD_DIMS if getattr(owner, name, None))
         units = inputs[0].out_features // (3 * head_dim) if len(inputs) == 1 else inputs[1].out_features // head_dim
     return Site(
         kind=paths.kind,
@@ -211,8 +288,9 @@ def bind_block(module: nn.Module) -> Block:
             f"unknown block {type(module).__name__}; known: {', '.join(sorted(LAYOUTS))}. "
             "Describe its layout in vlprune_ext.anatomy.LAYOUTS."
         )
-    sites = {paths.kind: _bind_site(module, paths) for paths in layout.sites if _has(module, paths.out)}
-    return Block(module, sites, _resolve(module, layout.norm) if layout.norm else None)
+    sites = {paths.kind: _bind_site(module, paths) for paths in layout.sites if _has(module, paths.out, *paths.inputs)}
+    in_front = bool(layout.norm) and (not layout.pre_norm or getattr(module, layout.pre_norm))
+    return Block(module, sites, _resolve(module, layout.norm) if in_front else None, layout.fixed)
 
 
 # --- towers ----------------------------------------------------------------------------------------------------------
@@ -297,6 +375,7 @@ class Family:
     embed: dict[str, Callable[[nn.Module, dict[str, Tensor]], Tensor]] = field(default_factory=dict)
     head: str = ""  # the module that turns hidden states into logits; "" = the model has none
     needs_decoder_ids: bool = False  # labels enter as decoder_input_ids
+    otherwise: Family | None = None  # the entry for models of this class that lack a tower of this one
 
 
 def _image_features(model, inputs):
@@ -333,6 +412,44 @@ def _text(*roots: str, config: str = "text_config", **fields) -> TowerPaths:
     return TowerPaths(_stack(*roots), config, before=tuple(f"{root}embeddings" for root in roots), **fields)
 
 
+def _t5(root: str, config: str, before: tuple[str, ...] = ()) -> dict[str, TowerPaths]:
+    return {
+        "encoder": TowerPaths((f"{root}encoder.block",), config, before=before),
+        "decoder": TowerPaths((f"{root}decoder.block",), config, before=before, beside=(f"{root}encoder",)),
+    }
+
+
+_BLIP2_VISION = {"vision": _vision("vision_model.")}
+_BLIP2_BEFORE = ("vision_model", "qformer", "language_projection")
+_BLIP2 = Family(
+    {
+        **_BLIP2_VISION,
+        "text": TowerPaths(
+            ("language_model.model.decoder.layers", "language_model.model.layers"),  # OPT, LLaMA
+            "text_config",
+            before=_BLIP2_BEFORE,
+        ),
+    },
+    head="language_model.lm_head",
+    otherwise=Family(
+        {**_BLIP2_VISION, **_t5("language_model.", "text_config", _BLIP2_BEFORE)},
+        head="language_model.lm_head",
+        needs_decoder_ids=True,
+    ),
+)
+_LLAVA = Family(
+    {
+        "vision": _vision(
+            "model.vision_tower.", "model.vision_tower.vision_model.", feature_layer="vision_feature_layer"
+        ),
+        "text": TowerPaths(
+            ("model.language_model.layers",),
+            "text_config",
+            before=("model.vision_tower", "model.multi_modal_projector", "model.language_model.embed_tokens"),
+        ),
+    },
+    head="lm_head",
+)
 _DUAL_EMBED = {"vision": _image_features, "text": _text_features}
 _LLAMA_TOWER = {"text": TowerPaths(("layers", "model.layers"), "", before=("embed_tokens", "model.embed_tokens"))}
 
@@ -357,20 +474,24 @@ FAMILIES: dict[str, Family] = {
         head="text_decoder.cls",
         needs_decoder_ids=True,
     ),
-    "LlavaForConditionalGeneration": Family(
+    "LlavaForConditionalGeneration": _LLAVA,
+    "LlavaNextForConditionalGeneration": _LLAVA,
+    "Qwen2_5_VLForConditionalGeneration": Family(
         {
-            "vision": _vision(
-                "model.vision_tower.", "model.vision_tower.vision_model.", feature_layer="vision_feature_layer"
-            ),
+            # Packed patches of all images, [B * patches, D]; copies of them are packed likewise.
+            "vision": TowerPaths(("model.visual.blocks",), "vision_config", before=("model.visual.patch_embed",)),
+            "text": TowerPaths(("model.language_model.layers",), "text_config", before=("model.visual",)),
+        },
+        head="lm_head",
+    ),
+    "Blip2ForConditionalGeneration": _BLIP2,
+    "InstructBlipForConditionalGeneration": _BLIP2,
+    "T5ForConditionalGeneration": Family(_t5("", ""), head="lm_head", needs_decoder_ids=True),
+    "OPTForCausalLM": Family(
+        {
             "text": TowerPaths(
-                ("model.language_model.layers",),
-                "text_config",
-                before=(
-                    "model.vision_tower",
-                    "model.multi_modal_projector",
-                    "model.language_model.embed_tokens",
-                ),
-            ),
+                ("model.decoder.layers",), "", before=("model.decoder.embed_tokens", "model.decoder.embed_positions")
+            )
         },
         head="lm_head",
     ),
@@ -435,8 +556,12 @@ class Anatomy:
         return {name: tower.shape() for name, tower in self.towers.items()}
 
 
+def _blocks_path(model: nn.Module, paths: TowerPaths) -> str | None:
+    return next((path for path in paths.blocks if _has(model, path)), None)
+
+
 def _bind_tower(model: nn.Module, name: str, paths: TowerPaths) -> Tower:
-    prefix = next((path for path in paths.blocks if _has(model, path)), None)
+    prefix = _blocks_path(model, paths)
     if prefix is None:
         raise ValueError(f"{type(model).__name__}: no blocks of tower {name!r} at any of {', '.join(paths.blocks)}")
     container = cast(nn.ModuleList, _resolve(model, prefix))
@@ -465,4 +590,7 @@ def describe(model: nn.Module) -> Anatomy:
             f"model: {name} is not known; known are {', '.join(sorted(FAMILIES))}. "
             "vlprune_ext.anatomy.register(class_name, Family(...)) adds one."
         )
-    return Anatomy(model, FAMILIES[name])
+    family = FAMILIES[name]
+    while family.otherwise and not all(_blocks_path(model, paths) for paths in family.towers.values()):
+        family = family.otherwise
+    return Anatomy(model, family)

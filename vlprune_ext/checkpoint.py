@@ -157,9 +157,11 @@ def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str)
 def _write_config(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> bool:
     """Put the units of every block into config.json; True if transformers alone builds the same model from it."""
     content = json.loads(path.read_text(encoding="utf-8"))
+    dense = (getattr(model, "vlprune", None) or {"shape": {}})["shape"]
     by_config: dict[str, list[Tower]] = {}
     for tower in anatomy.towers.values():
-        by_config.setdefault(tower.paths.config, []).append(tower)
+        if tower.shape() != dense.get(tower.name):
+            by_config.setdefault(tower.paths.config, []).append(tower)
     for where, towers in by_config.items():
         if all(_units(tower) == _units(towers[0]) for tower in towers):
             _describe_units(type(model), content, where, towers[0])

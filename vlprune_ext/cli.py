@@ -191,7 +191,7 @@ def prune(
     keep_neurons: Annotated[float | None, method_field("Share of neurons kept.", "0.5")] = None,
     keep_layers: Annotated[float | None, method_field("Share of layers kept.", "1.0")] = None,
     stage: Annotated[str | None, method_field("finetune or pretrain.", "finetune")] = None,
-    scope: Annotated[str | None, method_field("global or layer.", "global")] = None,
+    scope: Annotated[str | None, method_field("layer, kind, tower or model: who competes.", "tower")] = None,
     steps: Annotated[int | None, method_field("Rounds of scoring and removing.", "method's")] = None,
     neurons_per_group: Annotated[int | None, method_field("Neurons that are removed together.", "64")] = None,
     settings: Annotated[

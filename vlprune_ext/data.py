@@ -259,7 +259,9 @@ def load_data(
     -------
     Data
         For a processor with an image token (LLaVA and its kin) the token is put in front of every text that has none,
-        and labels cover what comes after it; for other models that generate, labels cover the text.
+        and labels cover what comes after it; for other models that generate, labels cover the text. Of an
+        encoder-decoder such as T5, labels begin with the token that starts the decoder; with images, its encoder is
+        given what comes before the text: the image, and a prompt where the text has one in front of an image token.
 
     Raises
     ------
@@ -432,9 +434,17 @@ class _Preparer:
         # Processors whose placeholder is wrapped: Gemma3 writes the wrapping itself, Qwen-VL expects it in the text.
         start, end = (getattr(processor, f"vision_{side}_token", "") for side in ("start", "end"))
         self.image_prefix = f"{start or ''}{self.image_token}{end or ''}"
+        self.adds_image = hasattr(processor, "num_query_tokens")  # BLIP-2's: its texts are to have no placeholder
         self.scored = bool(self.image_token) or (model is not None and getattr(model, "can_generate", lambda: False)())
         config = getattr(model, "config", None)
-        text_config = getattr(config, "text_config", config)
+        text_config: Any = getattr(config, "text_config", config)
+        # Of an encoder-decoder such as T5, the decoder reads this token and then the labels.
+        seq2seq = self.scored and getattr(text_config, "is_encoder_decoder", False)
+        self.decoder_start: int | None = text_config.decoder_start_token_id if seq2seq else None
+        if seq2seq and self.decoder_start is None:
+            raise ValueError(
+                f"{type(model).__name__}: its config has no decoder_start_token_id, which labels begin with"
+            )
         self.max_length = min(
             getattr(self.tokenizer, "model_max_length", None) or 10**9,
             getattr(text_config, "max_position_embeddings", None) or 10**9,
@@ -492,6 +502,8 @@ class _Preparer:
             row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
             if self.full_length:
                 row["attention_mask"].fill_(1)
+            if scored and self.decoder_start is not None:
+                row["labels"] = self._decoder_labels(row["input_ids"])
         return self._padded(rows, scored)
 
     def _images_with_texts(self, records: Sequence[_Record]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -500,12 +512,20 @@ class _Preparer:
         for record in records:
             image = record.open()
             for at, text in enumerate(record.texts):
-                if self.image_token not in text:
+                prompt, token, answer = text.rpartition(self.image_token)
+                if self.decoder_start is not None:  # the encoder reads the image, the decoder the text
+                    text = prompt + token
+                if self.adds_image:
+                    text = text.replace(self.image_token, "")
+                elif self.image_token not in text:
                     text = self.image_prefix + text
                 output = self.processor(images=[image], text=[text], return_tensors="pt")
                 ids = output["input_ids"]
                 aligned = {k for k, v in output.items() if isinstance(v, Tensor) and v.shape == ids.shape}
+                aligned |= {k for k in output if k.startswith("qformer_")}  # the text in the Q-Former's own tokens
                 rows.append({key: output[key][0] for key in aligned if self._is_input(key)})
+                if self.decoder_start is not None:
+                    rows[-1]["labels"] = self._decoder_labels(torch.tensor(self.tokenizer(answer)["input_ids"]))
                 if at == 0:
                     images.append({k: v for k, v in output.items() if k not in aligned and self._is_input(k, v)})
         return _concatenated(images, len(records)), self._padded(rows, scored=True)
@@ -521,13 +541,16 @@ class _Preparer:
         fill = {"input_ids": 0 if pad is None else pad, "labels": IGNORED}
         if scored:
             for row in rows:
-                row["labels"] = self._labels(row)
+                row.setdefault("labels", self._labels(row))
         return {
             key: torch.nn.utils.rnn.pad_sequence(
                 [row[key] for row in rows], batch_first=True, padding_value=fill.get(key, 0)
             )
             for key in rows[0]
         }
+
+    def _decoder_labels(self, ids: Tensor) -> Tensor:
+        return torch.cat([ids.new_tensor([self.decoder_start]), ids])
 
     def _labels(self, row: dict[str, Tensor]) -> Tensor:
         """The ids after the image, EOS included; other special tokens and what is not attended do not count."""

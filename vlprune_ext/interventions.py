@@ -56,4 +56,28 @@ class DropLayer:
         return ()
 
 
-Intervention = DropHead | DropNeurons | DropLayer
+@dataclass(frozen=True)
+class PerturbWeight:
+    """Add ``sign * eps * z`` to one matrix of a block, z ~ N(0, 1) of `ops.perturb`'s stream (ECoFLaP).
+
+    matrix  path of the linear layer in the block
+    """
+
+    tower: str
+    layer: int
+    matrix: str
+    seed: int
+    tensor_id: int
+    eps: float
+    sign: int  # 1 or -1
+
+    @property
+    def kind(self) -> str:
+        return "weight"
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return ()
+
+
+Intervention = DropHead | DropNeurons | DropLayer | PerturbWeight

@@ -16,6 +16,7 @@ from .anatomy import Anatomy, describe
 from .checkpoint import save_pruned
 from .data import Data
 from .flops import count_flops
+from .methods.ecoflap import ECoFLaP
 from .methods.structured import Structured
 from .objectives import Objective, objective_named
 from .patch import Patches, evaluation_mode
@@ -105,10 +106,30 @@ def _timed(run, model: nn.Module) -> float:
     return time.perf_counter() - start
 
 
+def prune_weights(
+    model: nn.Module,
+    data: Data,
+    sparsity: float = 0.5,
+    *,
+    criterion: str = "wanda",
+    pattern: str = "unstructured",
+    progress: Progress | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Zero the same share of every prunable matrix, in place; an `ECoFLaP` with a uniform coarse stage.
+
+    criterion  "wanda", "magnitude", "ria" or "sparsegpt"
+    pattern    "unstructured" or "n:m", n zeros in every m
+    fields     of `ECoFLaP`: scope, towers, objective, batch_size, ...
+    """
+    method = ECoFLaP(sparsity=sparsity, estimator="uniform", criterion=criterion, pattern=pattern, **fields)
+    return apply(model, method.plan(model, data, progress=progress), data)
+
+
 def prune(
     model: nn.Module,
     data: Data,
-    method: Structured | Plan,
+    method: Structured | ECoFLaP | Plan,
     *,
     evaluation: Data | None = None,
     mode: str = "remove",

@@ -198,6 +198,8 @@ class Plan:
     cross_heads  the same for cross attention
     neurons      tower -> layer -> neurons of the MLP's hidden layer
     layers       tower -> blocks
+    sparsity     parameter name -> share of its entries that become zero
+    selection    which entries: fields of `layerwise.Selection`
     shape        the units of every block of that model (`Anatomy.shape`): a plan for another model is refused
     method       the method's name and fields, for the record
     """
@@ -207,6 +209,8 @@ class Plan:
     cross_heads: Removed = field(default_factory=dict)
     neurons: Removed = field(default_factory=dict)
     layers: dict[str, list[int]] = field(default_factory=dict)
+    sparsity: dict[str, float] = field(default_factory=dict)
+    selection: dict = field(default_factory=dict)
     method: dict = field(default_factory=dict)
 
     def units(self, kind: str) -> Removed:
@@ -240,6 +244,9 @@ class Plan:
                 raise ValueError(f"plan: layers of tower {tower!r}: {gone}, expected indices below {blocks}")
             if len(set(gone)) == blocks:
                 raise ValueError(f"plan: removes all {blocks} layers of tower {tower!r}; at least one must stay")
+        for name, share in self.sparsity.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"plan: sparsity of {name}: {share}, expected 0 <= sparsity < 1")
 
     @staticmethod
     def _check_units(actual: dict, tower: str, kind: str, layer: int, units: list[int]) -> None:
@@ -255,7 +262,10 @@ class Plan:
         # One line per block keeps a plan of thousands of neurons readable and its diffs short.
         lines = []
         for key, value in content.items():
-            if key in ("heads", "cross_heads", "neurons", "shape", "layers") and value:
+            if key == "sparsity" and value:
+                shares = ",\n".join(f"  {json.dumps(name)}: {share}" for name, share in value.items())
+                lines.append(f' "sparsity": {{\n{shares}\n }}')
+            elif key in ("heads", "cross_heads", "neurons", "shape", "layers") and value:
                 towers = []
                 for tower, of_tower in value.items():
                     if key == "layers":
@@ -294,6 +304,8 @@ class Plan:
             return cls(
                 shape={tower: [dict(row) for row in rows] for tower, rows in content["shape"].items()},
                 layers={tower: [int(layer) for layer in layers] for tower, layers in content["layers"].items()},
+                sparsity={name: float(share) for name, share in content.get("sparsity", {}).items()},
+                selection=dict(content.get("selection", {})),
                 method=content.get("method", {}),
                 **removed,
             )

@@ -5,12 +5,25 @@ Use them to check a result (float64 in, float64 out) or to read what an op does.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["leave_one_out", "retrieval_rank"]
+__all__ = [
+    "column_norm_sq_",
+    "leave_one_out",
+    "nm_mask",
+    "normals",
+    "perturb",
+    "prune_nm_",
+    "prune_smallest_",
+    "retrieval_rank",
+    "share_smallest",
+    "smallest_mask",
+]
 
 
 def leave_one_out(
@@ -42,3 +55,101 @@ def retrieval_rank(
     of_positives = scores.gather(-1, index).masked_fill(rows < 0, -torch.inf)  # [.., N, P]
     best = of_positives.amax(dim=-1, keepdim=True)
     return (scores > best).sum(dim=-1).to(torch.int32)
+
+
+def column_norm_sq_(
+    acc: Tensor,  # [in]
+    x: Tensor,  # [N, in]
+    token_weight: Tensor | None = None,  # [N]
+) -> Tensor:
+    """Adds the columns' squared norms; see :func:`vlprune_ext.ops.column_norm_sq_`."""
+    x = x.to(acc.dtype)
+    return acc.add_(x.square().sum(0) if token_weight is None else (token_weight[:, None] * x.square()).sum(0))
+
+
+def _scores(weight: Tensor, column_scale: Tensor | None) -> Tensor:
+    return weight.float().abs() if column_scale is None else weight.float().abs() * column_scale
+
+
+def smallest_mask(
+    weight: Tensor,  # [out, in]
+    column_scale: Tensor | None,  # [in] fp32
+    k: int,
+    *,
+    scope: str = "row",
+) -> Tensor:  # [out, in] bool
+    """The first k of a stable sort of the scores; see :func:`vlprune_ext.ops.smallest_mask`."""
+    scores = _scores(weight, column_scale)
+    if scope == "matrix":
+        scores = scores.reshape(1, -1)
+    order = scores.sort(dim=1, stable=True).indices[:, :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True).view(weight.shape)
+
+
+def prune_smallest_(weight: Tensor, column_scale: Tensor | None, k: int, *, scope: str = "row") -> Tensor:
+    """See :func:`vlprune_ext.ops.prune_smallest_`."""
+    return weight.masked_fill_(smallest_mask(weight, column_scale, k, scope=scope), 0)
+
+
+def share_smallest(weights: Sequence[Tensor], column_scales: Sequence[Tensor | None], k: int) -> list[int]:
+    """Sorts all scores in one; see :func:`vlprune_ext.ops.share_smallest`."""
+    scores = [_scores(weight, scale).flatten() for weight, scale in zip(weights, column_scales, strict=True)]
+    chosen = torch.cat(scores).sort(stable=True).indices[:k]
+    bounds = torch.tensor([0, *(score.numel() for score in scores)]).cumsum(0)
+    return [int(((chosen >= low) & (chosen < high)).sum()) for low, high in itertools.pairwise(bounds)]
+
+
+def nm_mask(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> Tensor:
+    """The first n of a stable sort of every m scores; see :func:`vlprune_ext.ops.nm_mask`."""
+    groups = _scores(weight, column_scale).view(weight.shape[0], -1, m)
+    order = groups.sort(dim=-1, stable=True).indices[..., :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).view(weight.shape)
+
+
+def prune_nm_(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> Tensor:
+    """See :func:`vlprune_ext.ops.prune_nm_`."""
+    return weight.masked_fill_(nm_mask(weight, column_scale, n, m), 0)
+
+
+def _philox(counter: Tensor, tensor_id: int, seed: int) -> list[Tensor]:
+    """Four words [n] of Philox4x32-10 (Salmon et al., SC 2011) for each counter [n], as int64 below 2**32."""
+    low = 0xFFFFFFFF
+    word = [
+        counter & low,
+        counter >> 32,
+        torch.full_like(counter, tensor_id & low),
+        torch.full_like(counter, tensor_id >> 32),
+    ]
+    key = [seed & low, seed >> 32]
+
+    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # upper and lower 32 bits, by halves to stay below 2**63
+        upper, lower = a * (b >> 16), a * (b & 0xFFFF)
+        lower = lower + ((upper & 0xFFFF) << 16)
+        return (upper >> 16) + (lower >> 32), lower & low
+
+    for _ in range(10):
+        high0, low0 = product(0xD2511F53, word[0])
+        high1, low1 = product(0xCD9E8D57, word[2])
+        word = [high1 ^ word[1] ^ key[0], low1, high0 ^ word[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return word
+
+
+def normals(count: int, seed: int, tensor_id: int) -> Tensor:
+    """[count] float64: the z of :func:`vlprune_ext.ops.perturb`, before any rounding to fp32."""
+    chunks = -(-count // 64)
+    word = _philox(torch.arange(chunks * 16), tensor_id, seed)
+    z = []
+    for first, second in (word[:2], word[2:]):
+        radius = (-2 * (((first >> 1).double() + 0.5) / 2**31).log()).sqrt()
+        # The top two bits say which quarter turn, the rest, as a signed number, the angle from its middle.
+        rest = (second << 2) & 0xFFFFFFFF
+        turn = (second >> 30).double() + (rest - ((rest >> 31) << 32)).double() / 2**32
+        z += [radius * (turn * math.pi / 2).cos(), radius * (turn * math.pi / 2).sin()]
+    return torch.stack(z).view(4, chunks, 16).transpose(0, 1).reshape(-1)[:count]
+
+
+def perturb(weight: Tensor, seed: int, tensor_id: int, eps: float) -> tuple[Tensor, Tensor]:
+    """``weight + eps z`` and ``weight - eps z``; see :func:`vlprune_ext.ops.perturb`."""
+    change = eps * normals(weight.numel(), seed, tensor_id).view(weight.shape)
+    return (weight.double() + change).to(weight.dtype), (weight.double() - change).to(weight.dtype)

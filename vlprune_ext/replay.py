@@ -5,11 +5,12 @@ block l serves all its interventions: what they share is computed once, `ops.lea
 output projection from it, and the variants, stacked on the batch axis, run through the rest of the model. Blocks before
 l and modules that cannot change are bypassed by patching their forward; everything after is the model's own code.
 
-For N rows, L blocks and V_l interventions on heads and neurons, D_l on whole blocks, that is
+For N rows, L blocks and V_l interventions on heads, neurons and weights, D_l on whole blocks, that is
 
     N * (L + sum_l V_l * (L - l) + sum_l D_l * (L - l - 1))
 
-block runs (l from 0), against N * L * (1 + sum_l (V_l + D_l)) for one whole run each.
+block runs (l from 0), against N * L * (1 + sum_l (V_l + D_l)) for one whole run each. A perturbed weight has no shared
+pass: its block runs once for each variant, and only what leaves it is stacked.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .anatomy import Anatomy, Block, Site, Tower
 from .interventions import DropLayer, Intervention
-from .ops import leave_one_out
+from .ops import leave_one_out, perturb
 from .patch import Patches, evaluation_mode
 
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -55,9 +57,16 @@ def _first(output: Output) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _with_first(output: Output, tensor: Tensor) -> Output:
-    """A module's result with its first tensor exchanged."""
-    return tensor if isinstance(output, Tensor) else (tensor, *output[1:])
+def _with_first(output: Output, tensor: Tensor, copies: int = 1, fill: Callable = _stacked) -> Output:
+    """A module's result with its first tensor exchanged, and ``copies`` of the rest.
+
+    Of the rest, what has a first dimension of one, such as the position bias that T5 hands from block to block, is the
+    same for every row and stays as it is; it broadcasts.
+    """
+    if isinstance(output, Tensor):
+        return tensor
+    shared = pytree.tree_map_only(Tensor, lambda t: t if t.shape[:1] == (1,) else fill(t, copies), output[1:])
+    return (tensor, *shared)
 
 
 def _take(x: Tensor, rows: Tensor | int) -> Tensor:
@@ -83,7 +92,7 @@ class _Shared:
     """What all variants of one block have in common, for one batch; filled in while the block runs."""
 
     stream: Tensor = field(init=False)  # [B, T, D] entering the block
-    output: Tensor = field(init=False)  # [B, T, D] leaving it
+    output: Output = field(init=False)  # [B, T, D] leaving it, perhaps with more
     x: dict[str, Tensor] = field(default_factory=dict)  # site kind -> input of its output projection
     returned: dict[str, Output] = field(default_factory=dict)  # site kind -> what its module returned
     skipped: dict[nn.Module, object] = field(default_factory=dict)  # modules that need not run again -> blank result
@@ -93,7 +102,7 @@ class _Shared:
 class _Batch:
     inputs: Inputs
     rows: slice
-    stream: Tensor | None = None
+    entering: Output | None = None  # what the block before returned
     before: dict[nn.Module, object] = field(default_factory=dict)
     beside: dict[nn.Module, object] = field(default_factory=dict)
     pooled: Tensor | int | None = None
@@ -176,15 +185,32 @@ class Replay:
                             done += self._runs(layer, interventions[i]) * batch.size // self.n_rows
                         if self.progress:
                             self.progress(done, total, f"{self.tower.name} block {layer}")
-                    batch.stream = shared.output
+                    batch.entering = shared.output
                     if layer in self.taps:
-                        batch.tapped[layer] = shared.output
+                        batch.tapped[layer] = _first(shared.output)
                 if ids:
                     yield ids, torch.stack([torch.cat(results[i]) for i in ids])
             for batch in self.batches:
-                batch.stream = None
+                batch.entering = None
                 batch.tapped.clear()
             yield None, torch.cat(dense)
+
+    @torch.no_grad()
+    def run_block(self, layer: int, *, advance: bool, each: Callable[[Inputs], object] | None = None) -> None:
+        """Run one block on the stream that enters it, for every batch, in evaluation mode; ``each`` is told which.
+
+        Blocks come in ascending order. What leaves the block enters the next once ``advance`` is true: change the
+        block in between, and those after it see what the changed one makes of the data.
+        """
+        with evaluation_mode(self.model):
+            for batch in self.batches:
+                if each:
+                    each(batch.inputs)
+                shared, _ = self._advance(layer, batch, set(), True)
+                if advance:
+                    batch.entering = shared.output
+                    if layer in self.taps:
+                        batch.tapped[layer] = _first(shared.output)
 
     def _group(self, interventions: Sequence[Intervention]) -> dict[int, list[int]]:
         by_layer: dict[int, list[int]] = {}
@@ -195,7 +221,7 @@ class Replay:
                 raise ValueError(f"interventions: {intervention}, expected a layer below {len(self.tower)}")
             if intervention.layer in self.skip_layers:
                 raise ValueError(f"interventions: {intervention}, but that layer is already removed")
-            if intervention.kind != "layer" and not intervention.units:
+            if intervention.kind not in ("layer", "weight") and not intervention.units:
                 raise ValueError(f"interventions: {intervention} drops nothing")
             by_layer.setdefault(intervention.layer, []).append(i)
         return by_layer
@@ -217,25 +243,28 @@ class Replay:
             patches.forward(module, lambda *_, _r=result, **__: _blank(_r, copies))
         for module, result in batch.beside.items():
             patches.forward(module, lambda *_, _r=result, **__: _stacked(_r, copies))
+        entering: Any = batch.entering
         for i, block in enumerate(self.tower.blocks[:layer]):
             if i in batch.tapped:
                 patches.forward(block.module, lambda *_, _r=batch.tapped[i], **__: _stacked(_r, copies))
             else:
-                patches.forward(block.module, lambda hidden_states, *_, **__: hidden_states)
+                patches.forward(
+                    block.module, lambda hidden_states, *_, **__: _with_first(entering, hidden_states, copies)
+                )
 
     def _advance(self, layer: int, batch: _Batch, kinds: set[str], stop: bool) -> tuple[_Shared, Tensor | None]:
         """Run block ``layer`` on the stream as it is, keeping what variants share; then stop, or finish the model."""
         block = self.tower.blocks[layer]
         shared = _Shared()
         with Patches() as patches:
-            if batch.stream is None:
+            if batch.entering is None:
                 for module in self.tower.before:
                     patches.hook(module, lambda m, _, out: batch.before.__setitem__(m, _blank(out)))
                 for module in self.tower.beside:
                     patches.hook(module, lambda m, _, out: batch.beside.__setitem__(m, out))
             else:
                 self._bypass(patches, layer, batch, 1)
-                _set_stream(patches, block.module, batch.stream)
+                _set_stream(patches, block.module, _first(batch.entering))
             self._watch(patches, block, shared, kinds)
 
             def leave(_, args, kwargs, output):
@@ -268,13 +297,15 @@ class Replay:
         self, layer: int, batch: _Batch, shared: _Shared, ids: list[int], interventions: Sequence[Intervention]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Outputs of the whole model under the interventions on one block, a chunk at a time."""
-        for kind in ("head", "cross_head", "neurons", "layer"):
+        for kind in ("head", "cross_head", "neurons", "layer", "weight"):
             of_kind = [i for i in ids if interventions[i].kind == kind]
             if not of_kind:
                 continue
             for chunk in self._chunks(layer, batch, shared, of_kind):
                 variants = None
-                if kind != "layer":
+                if kind == "weight":
+                    variants = self._perturbed(layer, batch, shared, [interventions[i] for i in chunk])
+                elif kind != "layer":
                     units = [interventions[i].units for i in chunk]
                     variants = self._leave_out(layer, batch, shared, kind, units)
                 out = self._suffix(layer, batch, shared, kind, variants, len(chunk))
@@ -294,6 +325,31 @@ class Replay:
         out = leave_units_out(x.reshape(-1, x.shape[-1]), site, base.reshape(-1, base.shape[-1]), units)
         return out.view(len(units) * base.shape[0], *base.shape[1:])
 
+    def _perturbed(self, layer: int, batch: _Batch, shared: _Shared, changes: Sequence[Any]) -> Tensor:
+        """[V * B, T, D]: what leaves the block under each change of one of its weights, which is not written."""
+        block = self.tower.blocks[layer].module
+        outputs: list[Tensor] = []
+
+        def leave(_, __, output):
+            outputs.append(_first(output))
+            raise _Stop
+
+        pair: tuple[Any, tuple[Tensor, Tensor]] | None = None  # both signs come from one draw
+        for change in changes:
+            module = block.get_submodule(change.matrix)
+            draw = (change.matrix, change.seed, change.tensor_id, change.eps)
+            if pair is None or pair[0] != draw:
+                pair = (draw, perturb(module.weight, change.seed, change.tensor_id, change.eps))
+            weight = pair[1][0 if change.sign > 0 else 1]
+            with Patches() as patches, contextlib.suppress(_Stop):
+                self._bypass(patches, layer, batch, 1)
+                _set_stream(patches, block, shared.stream)
+                patches.forward(module, lambda x, _w=weight, _m=module: F.linear(x, _w, _m.bias))
+                patches.hook(block, leave)
+                self.run_model(self.model, batch.inputs)
+            self._count(layer, batch.size, layer + 1)
+        return torch.cat(outputs)
+
     def _last_pooled(self, layer: int, batch: _Batch) -> Tensor | int | None:
         """The only row that is used of what leaves block ``layer``; None when all are."""
         return batch.pooled if layer == len(self.tower) - 1 else None
@@ -311,9 +367,10 @@ class Replay:
 
         with Patches() as patches:
             self._bypass(patches, layer, batch, copies)
-            if variants is None:
-                stream = _stacked(shared.stream, copies)
-                patches.forward(block.module, lambda *_, **__: stream)
+            if kind in ("layer", "weight"):
+                leaving = _stacked(shared.stream, copies) if variants is None else variants
+                passed_by = _with_first(shared.output, leaving, copies)
+                patches.forward(block.module, lambda *_, **__: passed_by)
             else:
                 if only is not None:
                     self._widen(patches, block.module, length)
@@ -327,7 +384,7 @@ class Replay:
                 name: _blank(value, copies) if value.is_floating_point() else _stacked(value, copies)
                 for name, value in batch.inputs.items()
             }
-            self._count(layer + 1 if kind == "layer" else layer, copies * batch.size)
+            self._count(layer + 1 if kind in ("layer", "weight") else layer, copies * batch.size)
             return self.run_model(self.model, inputs)
 
     @staticmethod
@@ -342,7 +399,7 @@ class Replay:
                 continue
             returned = shared.returned[name]
             value = variants if name == kind else own(_first(returned))
-            result = _with_first(_blank(returned, copies), value)
+            result = _with_first(returned, value, copies, _blank)
             patches.forward(site.module, lambda *_, _r=result, **__: _r)
             if name == kind:
                 return

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import KINDS, Anatomy, Site, Tower, describe
+from .data import Data
+from .layerwise import Selection, prune_layerwise
+from .objectives import objective_named
 from .patch import Patches
 from .plan import Plan
 
@@ -83,12 +86,25 @@ def apply(
     plan = rounded if mode == "remove" else plan
     _check_weights(anatomy, plan, mode)
     shape = anatomy.shape()
+    if plan.sparsity:
+        _prune_weights(anatomy, plan, data)
     zeroed = _remove(anatomy, plan) if mode == "remove" else _zero(anatomy, plan)
     record = getattr(model, "vlprune", None) or {"shape": shape, "plans": []}
     origin = None if data is None else {"name": getattr(data, "name", ""), "hash": getattr(data, "hash", "")}
     entry = {"plan": json.loads(plan.to_json()), "mode": mode, "zeroed": zeroed, "data": origin}
     model.vlprune = {**record, "plans": [*record["plans"], entry]}  # type: ignore[assignment]
     return model
+
+
+def _prune_weights(anatomy: Anatomy, plan: Plan, data: object | None) -> None:
+    """Before anything is removed, since names and sparsities are those of the whole model."""
+    if not isinstance(data, Data):
+        raise ValueError("data: needed to carry out a plan with sparsities, which looks at what enters each matrix")
+    try:
+        selection = Selection(**plan.selection)
+    except TypeError as error:
+        raise ValueError(f"plan: selection {plan.selection}: {error}") from None
+    prune_layerwise(anatomy, objective_named(selection.objective, anatomy), data, plan.sparsity, selection)
 
 
 def _changes(anatomy: Anatomy, plan: Plan) -> Iterator[tuple[Tower, int, Site, list[int]]]:
@@ -109,6 +125,7 @@ def _check_weights(anatomy: Anatomy, plan: Plan, mode: str) -> None:
     for tower, layer, site, _ in _changes(anatomy, plan):
         _check_site(site, f"{site.kind} of {tower.name}.{layer}")
     if mode == "remove":
+        _check_layers(anatomy, plan)
         return
     for name, layers in plan.layers.items():
         for layer in layers:
@@ -120,6 +137,17 @@ def _check_weights(anatomy: Anatomy, plan: Plan, mode: str) -> None:
                 )
             for site in block.sites.values():
                 _check_site(site, f"layer {name}.{layer}")
+
+
+def _check_layers(anatomy: Anatomy, plan: Plan) -> None:
+    """Raise ValueError unless every layer that goes can be taken out of its list."""
+    for name, layers in plan.layers.items():
+        for layer in layers:
+            reason = anatomy.towers[name].blocks[layer].fixed
+            if reason:
+                raise ValueError(
+                    f"plan: layer {name}.{layer} cannot be removed: {reason}; mode='mask' zeroes it instead"
+                )
 
 
 def _check_site(site: Site, where: str) -> None:
@@ -347,6 +375,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """
     anatomy = describe(model)
     plan.check(anatomy)
+    _check_layers(anatomy, plan)
     with Patches() as patches:
         for _, _, site, units in _changes(anatomy, plan):
             patches.pre_hook(site.out, _zero_columns(_columns(site, units)))

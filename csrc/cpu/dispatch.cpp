@@ -90,5 +90,11 @@ float* scratch() {
 
 void leave_one_out(const LeaveOneOut& args, int threads) { VLPRUNE_FORWARD(leave_one_out, args, threads); }
 void retrieval_rank(const RetrievalRank& args, int threads) { VLPRUNE_FORWARD(retrieval_rank, args, threads); }
+void column_norm_sq(const ColumnNormSq& args, int threads) { VLPRUNE_FORWARD(column_norm_sq, args, threads); }
+void prune_smallest(const PruneSmallest& args, int threads) { VLPRUNE_FORWARD(prune_smallest, args, threads); }
+void prune_nm(const PruneNM& args, int threads) { VLPRUNE_FORWARD(prune_nm, args, threads); }
+void key_histogram(const KeyHistogram& args, int threads) { VLPRUNE_FORWARD(key_histogram, args, threads); }
+void count_keys(const CountKeys& args, int threads) { VLPRUNE_FORWARD(count_keys, args, threads); }
+void perturb(const Perturb& args, int threads) { VLPRUNE_FORWARD(perturb, args, threads); }
 
 }  // namespace vlprune::cpu

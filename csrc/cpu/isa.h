@@ -26,10 +26,9 @@ void force_isa(const char* name);
 constexpr int64_t kScratchFloats = 480 * 1024;
 float* scratch();
 
-#define VLPRUNE_DECLARE_KERNELS(isa_namespace)                 \
-  namespace isa_namespace {                                    \
-  void leave_one_out(const LeaveOneOut& args, int threads);    \
-  void retrieval_rank(const RetrievalRank& args, int threads); \
+#define VLPRUNE_DECLARE_KERNELS(isa_namespace) \
+  namespace isa_namespace {                    \
+  VLPRUNE_DECLARE_OPS(int threads)             \
   }
 VLPRUNE_DECLARE_KERNELS(scalar)
 VLPRUNE_DECLARE_KERNELS(avx2)

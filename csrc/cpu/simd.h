@@ -34,6 +34,7 @@ VLPRUNE_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 
 VLPRUNE_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
@@ -121,6 +122,7 @@ VLPRUNE_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 
 VLPRUNE_INLINE Vec widen(__m128i bits, Half) { return _mm256_cvtph_ps(bits); }
 VLPRUNE_INLINE Vec widen(__m128i bits, BFloat16) {
@@ -185,6 +187,7 @@ VLPRUNE_INLINE void store(T* p, Vec v) {
 VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return a + b; }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return a - b; }
+VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 
 VLPRUNE_INLINE uint32_t greater(Vec a, Vec b) {
   uint32_t mask = 0;

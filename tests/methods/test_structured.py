@@ -10,7 +10,7 @@ from models import tiny
 
 import vlprune_ext as vp
 from vlprune_ext.anatomy import describe
-from vlprune_ext.methods import METHODS
+from vlprune_ext.methods import STRUCTURED
 from vlprune_ext.methods.magnitude import unit_norms
 from vlprune_ext.methods.structured import Task
 from vlprune_ext.objectives import Contrastive, objective_named
@@ -29,10 +29,11 @@ def counts(plan, kind):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", list(STRUCTURED))
 def test_budgets_are_met(clip, name, steps):
     model, data = clip
-    method = METHODS[name](keep_heads=0.75, keep_neurons=0.5, keep_layers=0.75, neurons_per_group=8, steps=steps)
+    keep = {"keep_heads": 0.75, "keep_neurons": 0.5, "keep_layers": 0.75}
+    method = STRUCTURED[name](**keep, scope="kind", neurons_per_group=8, steps=steps)
     plan = method.plan(model, data)
     plan.check(describe(model))
     assert counts(plan, "head") == {"vision": 4, "text": 3}  # of 16 and 12
@@ -42,10 +43,10 @@ def test_budgets_are_met(clip, name, steps):
     assert len(method.scores) > 0
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", list(STRUCTURED))
 def test_uniform(clip, name):
     model, data = clip
-    plan = METHODS[name](scope="layer", neurons_per_group=16, keep_neurons=0.5).plan(model, data)
+    plan = STRUCTURED[name](scope="layer", neurons_per_group=16, keep_neurons=0.5).plan(model, data)
     for tower, blocks in describe(model).shape().items():
         for layer in range(len(blocks)):
             assert len(plan.removed(tower, "head", layer)) == 2
@@ -55,7 +56,7 @@ def test_uniform(clip, name):
 
 def test_competing_kinds_share_one_budget(clip):
     model, data = clip
-    method = vp.MoPE(compete=True, across_towers=True, neurons_per_group=8, keep_heads=0.5, keep_neurons=0.5, steps=2)
+    method = vp.MoPE(scope="model", cost="params", neurons_per_group=8, keep_heads=0.5, keep_neurons=0.5, steps=2)
     plan = method.plan(model, data)
     pruned = copy.deepcopy(model)
     vp.apply(pruned, plan, round_to=1)
@@ -72,7 +73,7 @@ def test_competing_kinds_share_one_budget(clip):
 
 def test_one_shot_mope_removes_the_lowest(clip):
     model, data = clip
-    method = vp.MoPE(steps=1, neurons_per_group=16, towers=("vision",))
+    method = vp.MoPE(steps=1, scope="kind", neurons_per_group=16, towers=("vision",))
     plan = method.plan(model, data)
     scores = method.scores
     heads = [scores.modules[i] for i in scores.ranking("vision", "head")]
@@ -123,7 +124,7 @@ def test_planning_changes_nothing(clip):
     model, data = clip
     before = {name: p.detach().clone() for name, p in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
-    for method in METHODS.values():
+    for method in STRUCTURED.values():
         method(neurons_per_group=16, rewire=True).plan(model, data)
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -134,7 +135,7 @@ def test_a_budget_in_flops(clip):
     """Both towers share one budget; what is left is half of what could go, to within a module."""
     model, data = clip
     anatomy, towers, kinds = describe(model), ("vision", "text"), ("head", "neurons")
-    method = vp.MoPE(compete=True, across_towers=True, cost="flops", neurons_per_group=8, steps=2)
+    method = vp.MoPE(scope="model", neurons_per_group=8, steps=2)
     plan = method.plan(model, data)
     tokens = tokens_of(anatomy, towers, data, Contrastive())
     groups = neuron_groups(anatomy, towers, 8)
@@ -257,16 +258,14 @@ def test_early_stopping_never_stops_at_infinite_confidence(clip):
         ({"keep_neurons": 1.5}, "keep_neurons: 1.5"),
         ({"keep_layers": -1}, "keep_layers: -1"),
         ({"stage": "both"}, "stage: 'both'"),
-        ({"scope": "model"}, "scope: 'model'"),
+        ({"scope": "global"}, "scope: 'global'"),
         ({"steps": 0}, "steps: 0"),
         ({"cost": "bytes"}, "cost: 'bytes'"),
         ({"objective": "x"}, "objective: 'x'"),
-        ({"compete": True, "scope": "layer"}, "compete: needs scope='global'"),
-        ({"across_towers": True}, "across_towers: needs compete=True"),
     ],
 )
 def test_bad_fields(fields, message):
-    for method in METHODS.values():
+    for method in STRUCTURED.values():
         with pytest.raises(ValueError, match=message):
             method(**fields)
 

@@ -9,7 +9,7 @@ from torch import nn
 from vlprune_ext import anatomy
 from vlprune_ext.anatomy import Family, describe
 from vlprune_ext.plan import Plan
-from vlprune_ext.surgery import apply
+from vlprune_ext.surgery import _removable, apply
 
 TOWERS = {
     "clip": {"vision": 4, "text": 3},
@@ -19,32 +19,43 @@ TOWERS = {
     "llava": {"vision": 4, "text": 4},
     "vit": {"vision": 4},
     "llama": {"text": 4},
+    "t5": {"encoder": 3, "decoder": 3},
+    "opt": {"text": 3},
+    "opt_post_norm": {"text": 3},
+    "blip2_opt": {"vision": 4, "text": 3},
+    "blip2_t5": {"vision": 4, "encoder": 3, "decoder": 3},
+    "instruct_t5": {"vision": 4, "encoder": 3, "decoder": 3},
+    "instruct_llama": {"vision": 4, "text": 4},
+    "llava_next": {"vision": 4, "text": 4},
+    "qwen2_5_vl": {"vision": 4, "text": 4},
 }
-HIDDEN = {"vision": 64, "text": 48, "decoder": 48}
+HIDDEN = {"vision": 64, "text": 48, "encoder": 48, "decoder": 48}
+GROUPED = ("llava", "llama", "instruct_llama", "llava_next", "qwen2_5_vl")  # two query heads a key/value head
 
 
 def params(model):
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_towers_and_units(name):
     model = tiny.build(name)
     towers = describe(model).towers
     assert {tower: len(t) for tower, t in towers.items()} == TOWERS[name]
-    cross = name.startswith("blip")
+    assert list(towers) == list(TOWERS[name]), "in the order in which they run"
     for tower in towers.values():
-        grouped = name in ("llava", "llama") and tower.name == "text"
+        grouped = name in GROUPED and tower.name == "text"
+        cross = tower.name == "decoder" or (name.startswith("blip_") and tower.name != "vision")
         for block in tower.blocks:
             expected = {"head": 2 if grouped else 4}
-            if cross and tower.name != "vision":
+            if cross:
                 expected["cross_head"] = 4
             expected["neurons"] = HIDDEN[tower.name]
             assert {kind: site.units for kind, site in block.sites.items()} == expected
             assert list(block.sites) == list(expected), "in the order in which they run"
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_widths_and_projections_agree(name):
     model = tiny.build(name)
     of_model = set(model.modules())
@@ -57,10 +68,11 @@ def test_widths_and_projections_agree(name):
                 for linear in site.inputs:
                     assert isinstance(linear, nn.Linear)
                     assert linear.out_features % (site.input_segments(linear) * site.units) == 0
-            assert (block.norm is None) == (name.startswith("blip") and tower.name != "vision")
+            post_norm = name == "opt_post_norm" or (name.startswith("blip_") and tower.name != "vision")
+            assert (block.norm is None) == post_norm
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_sites_run_as_described(name):
     """The output projection's input has units * width columns, and `module` returns what `out` returns."""
     model = tiny.build(name)
@@ -81,7 +93,7 @@ def test_sites_run_as_described(name):
             torch.testing.assert_close(returned, seen["out"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_parameters_of_a_unit_and_a_block(name):
     """What `unit_params` and `params` promise is what a removal frees."""
     for tower, blocks in describe(tiny.build(name)).shape().items():
@@ -93,10 +105,24 @@ def test_parameters_of_a_unit_and_a_block(name):
             if kind == "head" and block.sites[kind].units == 2:
                 expected //= 2  # of two key/value heads only one may go
             plan = Plan(taken_apart.shape())
+            if kind != "layer" and not _removable(block.sites[kind]):
+                expected = 0  # zeroed instead
             plan.add(tower, kind, 1, [0] if blocks[1].get(kind) == 2 else [0, 2])
             before = params(model)
             apply(model, plan, round_to=1)
             assert before - params(model) == expected
+
+
+@pytest.mark.parametrize("name", tiny.LAYERWISE)
+def test_matrices_outside_the_blocks(name):
+    """All that layer-wise pruning touches is in a block; what is not: bridges between towers and the token heads."""
+    model = tiny.build(name)
+    inside = {m for tower in describe(model).towers.values() for m in tower.container.modules()}
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    bridges = ("qformer.", "language_projection", "model.multi_modal_projector.", "model.visual.merger.")
+    bridges += ("lm_head", "language_model.lm_head", "model.decoder.project_")
+    assert {path.startswith(bridges) for path, m in linears.items() if m not in inside} == {True}
+    assert not any(path.startswith(bridges) for path, m in linears.items() if m in inside)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,35 @@ from vlprune_ext.data import Classes, Data
 from vlprune_ext.plan import Plan
 
 NAMES = ("clip", "siglip", "blip_itr", "blip_vqa", "llava", "vit", "llama")
+# Families whose configs cannot say yet what structured pruning leaves: all that scores them, and surgery in memory.
+LAYERWISE = (
+    "t5",
+    "opt",
+    "opt_post_norm",
+    "blip2_opt",
+    "blip2_t5",
+    "instruct_t5",
+    "instruct_llama",
+    "llava_next",
+    "qwen2_5_vl",
+)
+ALL = NAMES + LAYERWISE
 DUAL = ("clip", "siglip", "blip_itr")  # two towers that embed
-GENERATIVE = ("blip_vqa", "llava", "llama")  # texts with labels
+ENCODER_DECODER = ("blip_vqa", "t5", "blip2_t5", "instruct_t5")  # labels enter the decoder
+GENERATIVE = ("blip_vqa", "llava", "llama", *LAYERWISE)  # texts with labels
+TEXT_ONLY = ("llama", "t5", "opt", "opt_post_norm")
+# Surgery takes no blocks out of these: T5's first holds the position bias of all, Qwen's config says which attend how.
+WHOLE = ("T5Block", "Qwen2_5_VLVisionBlock")
 
 VOCAB = 64
 LENGTH = 12  # of the longest text
 PAD, BOS, EOS, IMAGE = 0, 60, 61, 62  # ids of ordinary tokens are 3 .. 59
 PATCHES = 9
+# Image tokens in a text. LLaVA-NeXT: the image whole, then 3 x 6 patches of its two halves with a newline a row.
+# Qwen2.5-VL: 4 x 8 patches in 2 x 2 squares.
+IMAGE_TOKENS = {"llava": PATCHES, "llava_next": PATCHES + 3 * 7, "qwen2_5_vl": 8} | dict.fromkeys(
+    ("blip2_opt", "blip2_t5", "instruct_t5", "instruct_llama"), 5
+)
 
 _VISION = {
     "hidden_size": 32,
@@ -91,6 +113,88 @@ def _llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+_T5 = {
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": PAD,
+}
+_OPT = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 32,
+    **{key: _TEXT[key] for key in ("num_hidden_layers", "num_attention_heads", "vocab_size", "pad_token_id")},
+    "max_position_embeddings": 64,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_QFORMER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+}
+
+
+def _t5() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**_T5))
+
+
+def _opt() -> nn.Module:
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**_OPT))
+
+
+def _opt_post_norm() -> nn.Module:
+    """As OPT-350m: norms after, and embeddings of their own width."""
+    config = transformers.OPTConfig(**{**_OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False})
+    return transformers.OPTForCausalLM(config)
+
+
+def _blip2(kind: str, text: dict) -> nn.Module:
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=dict(_VISION),
+        qformer_config=dict(_QFORMER),
+        text_config=dict(text),
+        num_query_tokens=5,
+        image_token_index=IMAGE,
+    )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+def _gated(text: dict) -> dict:
+    """T5 v1.1, of which FLAN-T5 is made."""
+    return {**text, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+def _llava_next() -> nn.Module:
+    config = transformers.LlavaNextConfig(
+        vision_config={**_VISION, "model_type": "clip_vision_model"},
+        text_config={**_LLAMA, "model_type": "llama"},
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[12, 24], [24, 12]],
+        vision_feature_layer=-2,
+    )
+    return transformers.LlavaNextForConditionalGeneration(config)
+
+
+def _qwen2_5_vl() -> nn.Module:
+    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+    vision |= {"patch_size": 2, "window_size": 8, "fullatt_block_indexes": [1, 3]}
+    text = {**_LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
 _BUILDERS = {
     "clip": _clip,
     "siglip": _siglip,
@@ -99,11 +203,20 @@ _BUILDERS = {
     "llava": _llava,
     "vit": _vit,
     "llama": _llama,
+    "t5": _t5,
+    "opt": _opt,
+    "opt_post_norm": _opt_post_norm,
+    "blip2_opt": lambda: _blip2("Blip2", _OPT),
+    "blip2_t5": lambda: _blip2("Blip2", _gated(_T5)),
+    "instruct_t5": lambda: _blip2("InstructBlip", _gated(_T5)),
+    "instruct_llama": lambda: _blip2("InstructBlip", {**_LLAMA, "model_type": "llama"}),
+    "llava_next": _llava_next,
+    "qwen2_5_vl": _qwen2_5_vl,
 }
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A model of one of `NAMES`: fp32, in evaluation mode, the same for the same seed."""
+    """A model of one of `ALL`: fp32, in evaluation mode, the same for the same seed."""
     model = _BUILDERS[name]()
     randomise(model, seed)
     return model.eval()
@@ -126,8 +239,18 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + seed)
 
 
-def _pixels(n: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(n, 3, _VISION["image_size"], _VISION["image_size"], generator=generator)
+def _images(name: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """What a processor gives for ``n`` images."""
+    if name in TEXT_ONLY:
+        return {}
+    size = _VISION["image_size"]
+    if name == "llava_next":  # the image and its two halves
+        sizes = torch.tensor([[size, 2 * size]]).repeat(n, 1)
+        return {"pixel_values": torch.randn(n, 3, 3, size, size, generator=generator), "image_sizes": sizes}
+    if name == "qwen2_5_vl":  # 32 patches of two frames of 2 x 2 pixels
+        grid = torch.tensor([[1, 4, 8]]).repeat(n, 1)
+        return {"pixel_values": torch.randn(n * 32, 3 * 2 * 2 * 2, generator=generator), "image_grid_thw": grid}
+    return {"pixel_values": torch.randn(n, 3, size, size, generator=generator)}
 
 
 def _rows(n: int, generator: torch.Generator, shortest: int, longest: int) -> tuple[Tensor, Tensor]:
@@ -148,34 +271,33 @@ def _texts(name: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
     if name == "siglip":  # pools the last position: padded to full length, and padding counts
         return {"input_ids": ids, "attention_mask": torch.ones_like(mask)}
     texts = {"input_ids": ids, "attention_mask": mask}
-    if name == "blip_vqa":
-        answers, valid = _rows(n, generator, 3, 6)
-        texts["labels"] = answers.masked_fill(valid == 0, -100)
-    elif name == "llama":
-        texts["labels"] = ids.masked_fill((mask == 0) | (ids == BOS), -100)
-    elif name == "llava":  # BOS, the image, the text
-        image = torch.full((n, PATCHES), IMAGE)
-        scored = ids.masked_fill((mask == 0) | (ids == BOS), -100)
-        texts["labels"] = torch.cat([torch.full_like(image, -100), scored], 1)
-        texts["labels"][:, PATCHES + 1] = -100  # a token of the question
+    if name.startswith("instruct"):
+        texts |= {"qformer_input_ids": ids.clone(), "qformer_attention_mask": mask.clone()}
+    scored = ids.masked_fill((mask == 0) | (ids == BOS), -100)
+    count = IMAGE_TOKENS.get(name, 0)
+    if count:  # BOS, the image, the text
+        image = torch.full((n, count), IMAGE)
         texts["input_ids"] = torch.cat([ids[:, :1], image, ids[:, 1:]], 1)
         texts["attention_mask"] = torch.cat([mask[:, :1], torch.ones_like(image), mask[:, 1:]], 1)
+        scored = torch.cat([torch.full_like(image, -100), scored], 1)
+        scored[:, count + 1] = -100  # a token of the question
+    if name == "qwen2_5_vl":
+        texts["mm_token_type_ids"] = (texts["input_ids"] == IMAGE).int()
+    if name in ENCODER_DECODER:
+        answers, valid = _rows(n, generator, 3, 6)
+        texts["labels"] = answers.masked_fill(valid == 0, -100)
+    elif name in GENERATIVE:
+        texts["labels"] = scored
     return texts
-
-
-def _has_images(name: str) -> bool:
-    return name != "llama"
 
 
 def inputs(name: str, model: nn.Module, n: int = 3, seed: int = 0) -> dict[str, Tensor]:
     """Keyword arguments of ``model``'s forward for ``n`` pairs; labels come with models that generate."""
     generator = _generator(seed)
-    values: dict[str, Tensor] = {}
-    if _has_images(name):
-        values["pixel_values"] = _pixels(n, generator)
+    values = _images(name, n, generator)
     if name != "vit":
         values |= _texts(name, n, generator)
-    if name == "blip_vqa":
+    if name in ENCODER_DECODER:
         labels = values["labels"]
         values["decoder_input_ids"] = labels.masked_fill(labels < 0, PAD)
         values["decoder_attention_mask"] = (labels >= 0).long()
@@ -186,7 +308,7 @@ def retrieval_data(name: str, model: nn.Module, n: int = 6, seed: int = 0, *, te
     """``n`` images and their texts as `Data`; with classes where images and texts embed, with labels for ViT too."""
     generator = _generator(seed)
     owner = torch.arange(n).repeat_interleave(1 if name == "vit" else texts_per_image)
-    images = {"pixel_values": _pixels(n, generator)} if _has_images(name) else {}
+    images = _images(name, n, generator)
     texts = {} if name == "vit" else _texts(name, len(owner), generator)
     classes = labels = None
     if name in DUAL or name == "vit":
@@ -197,8 +319,13 @@ def retrieval_data(name: str, model: nn.Module, n: int = 6, seed: int = 0, *, te
     return Data(f"tiny-{name}", "calibration", images, texts, owner, classes, labels).to(model.device)
 
 
+def whole(model: nn.Module, tower: str) -> bool:
+    """Whether the blocks of a tower have to stay."""
+    return type(describe(model).tower(tower).container[0]).__name__ in WHOLE
+
+
 def uneven_plan(model: nn.Module, seed: int = 0, *, layers: bool = True) -> Plan:
-    """Another number of heads and neurons in every block, and (``layers``) one block fewer in every tower."""
+    """Another number of heads and neurons in every block, and (``layers``) one block fewer in a tower."""
     draw = random.Random(seed)
     plan = Plan(describe(model).shape())
     for tower, blocks in plan.shape.items():
@@ -206,7 +333,7 @@ def uneven_plan(model: nn.Module, seed: int = 0, *, layers: bool = True) -> Plan
             for kind, count in units.items():
                 removed = draw.randrange(min(layer == 0, count - 1), count)
                 plan.add(tower, kind, layer, draw.sample(range(count), removed))
-        if layers:
+        if layers and not whole(model, tower):
             plan.add(tower, "layer", draw.randrange(len(blocks)), [])
     return plan
 
@@ -240,5 +367,6 @@ def outputs(name: str, model: nn.Module, values: dict[str, Tensor]) -> Tensor:
         parts = [result.last_hidden_state, result.pooler_output]
     else:
         # Positions that are padding attend to nothing of worth; they are left out.
-        parts = [result.logits[values["attention_mask"].bool()], result.loss]
+        mask = values["decoder_attention_mask" if name in ENCODER_DECODER else "attention_mask"]
+        parts = [result.logits[mask.bool()], result.loss]
     return torch.cat([part.flatten() for part in parts])

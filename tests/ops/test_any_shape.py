@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops import test_column_norm_sq as column_norm_sq
 from ops import test_leave_one_out as leave_one_out
+from ops import test_perturb as perturb
+from ops import test_prune_nm as prune_nm
+from ops import test_prune_smallest as prune_smallest
 from ops import test_retrieval_rank as retrieval_rank
 
-from vlprune_ext import _native
+from vlprune_ext import _native, ops
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as st  # noqa: E402
 
 ISAS = _native.build_info()["available_isas"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
@@ -22,7 +27,7 @@ ISAS = _native.build_info()["available_isas"]
     g=st.integers(1, 40),
     groups=st.integers(1, 5),
     isa=st.sampled_from(ISAS),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
 def test_leave_one_out(n, d, g, groups, isa, dtype, data):
@@ -39,10 +44,105 @@ def test_leave_one_out(n, d, g, groups, isa, dtype, data):
     d=st.integers(1, 40),
     p=st.integers(1, 3),
     isa=st.sampled_from(ISAS),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_retrieval_rank(v, n, m, d, p, isa, dtype):
     positives = torch.randint(0, m, (n, p))
     positives[:, 1:][torch.rand(n, p - 1) < 0.5] = -1
     with _native.force_isa(isa):
         retrieval_rank.check(retrieval_rank.whole((v, n, d), dtype), retrieval_rank.whole((v, m, d), dtype), positives)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    n=st.integers(0, 300),
+    columns=st.integers(1, 70),
+    offset=st.integers(0, 3),
+    weighed=st.booleans(),
+    isa=st.sampled_from(ISAS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_column_norm_sq(n, columns, offset, weighed, isa, dtype):
+    acc, x, weight = column_norm_sq.make(n, columns + offset, dtype, weighed=weighed)
+    with _native.force_isa(isa):
+        column_norm_sq.check(acc[offset:], x[:, offset:], weight)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(
+    out=st.integers(1, 9),
+    columns=st.integers(1, 200),
+    offset=st.integers(0, 3),
+    transposed=st.booleans(),
+    kind=st.sampled_from(sorted(prune_smallest.KINDS)),
+    scale=st.sampled_from(sorted(prune_smallest.SCALES)),
+    scope=st.sampled_from(prune_smallest.SCOPES),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_prune_smallest(out, columns, offset, transposed, kind, scale, scope, isa, threads, dtype, data):
+    hypothesis.assume(prune_smallest.finite_scores(kind, scale))
+    weight = prune_smallest.KINDS[kind]((out, columns + offset), dtype)[:, offset:]
+    weight = weight.t() if transposed else weight
+    k = data.draw(st.integers(0, weight.shape[1] if scope == "row" else weight.numel()))
+    torch.set_num_threads(threads)
+    with _native.force_isa(isa):
+        prune_smallest.check(weight, prune_smallest.SCALES[scale](weight.shape[1]), k, scope)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 60)), min_size=1, max_size=4),
+    kind=st.sampled_from(sorted(prune_smallest.KINDS)),
+    isa=st.sampled_from(ISAS),
+    data=st.data(),
+)
+def test_share_smallest(shapes, kind, isa, data):
+    weights = [prune_smallest.KINDS[kind](shape, data.draw(st.sampled_from(DTYPES))) for shape in shapes]
+    scales = [prune_smallest.SCALES[data.draw(st.sampled_from(["none", "random"]))](columns) for _, columns in shapes]
+    k = data.draw(st.integers(0, sum(weight.numel() for weight in weights)))
+    with _native.force_isa(isa):
+        prune_smallest.check_share(weights, scales, k)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(
+    out=st.integers(1, 9),
+    groups=st.integers(1, 20),
+    m=st.integers(2, 20),
+    offset=st.integers(0, 3),
+    kind=st.sampled_from(sorted(prune_smallest.KINDS)),
+    scale=st.sampled_from(sorted(prune_smallest.SCALES)),
+    isa=st.sampled_from(ISAS),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_prune_nm(out, groups, m, offset, kind, scale, isa, dtype, data):
+    hypothesis.assume(prune_smallest.finite_scores(kind, scale))
+    weight = prune_smallest.KINDS[kind]((out, groups * m + offset), dtype)[:, offset:]
+    n = data.draw(st.integers(1, m - 1))
+    with _native.force_isa(isa):
+        prune_nm.check(weight, prune_smallest.SCALES[scale](groups * m), n, m)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    shape=st.lists(st.integers(1, 12), max_size=4),
+    seed=st.integers(0, 2**63 - 1),
+    tensor_id=st.integers(0, 2**63 - 1),
+    eps=st.floats(1e-6, 1e3),
+    isa=st.sampled_from(ISAS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_perturb(shape, seed, tensor_id, eps, isa, dtype):
+    weight = torch.randn(shape).to(dtype)
+    with _native.force_isa(isa):
+        plus, minus = ops.perturb(weight, seed, tensor_id, eps)
+        z = perturb.numbers(weight.numel(), seed, tensor_id)
+    last = perturb.number(weight.numel() - 1, seed, tensor_id)
+    assert abs(float(z[-1]) - last) < 1e-4
+    change = z.view(weight.shape) * eps
+    assert torch.equal(prune_smallest.bits(plus), prune_smallest.bits((weight.float() + change).to(dtype)))
+    assert torch.equal(prune_smallest.bits(minus), prune_smallest.bits((weight.float() - change).to(dtype)))

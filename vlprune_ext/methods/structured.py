@@ -22,6 +22,7 @@ from ..replay import Progress
 from ..scoring import COSTS, Candidate, Groups, candidates, neuron_groups, rewired_order, tokens_of
 
 WIDTH = ("head", "cross_head", "neurons")
+SCOPES = ("layer", "kind", "tower", "model")
 STAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "finetune": (WIDTH, ("layer",)),  # width first, then depth of the narrowed model (MoPE-CLIP, section 3.3)
     "pretrain": ((*WIDTH, "layer"),),  # width and depth at once (section 3.2)
@@ -35,10 +36,10 @@ class Structured(ABC):
     keep_heads, keep_neurons, keep_layers   shares kept, in (0, 1]
     towers             towers to prune; None for all that the objective sees
     stage              "finetune": width, then depth of the narrowed model; "pretrain": both at once
-    scope              "global": one ranking over a tower's layers; "layer": the same share of every layer
-    compete            heads and neurons share one budget, ranked by importance per cost; with ``across_towers``, over
-                       all towers. False: each kind keeps its own share, in each tower
-    cost               "params" or "flops": what that budget counts
+    scope              who competes: "layer": the heads of a layer, and its neurons, so that every layer keeps the same
+                       share; "kind": the heads of a tower, and its neurons; "tower": both together, for one budget;
+                       "model": those of all towers. Whole layers always compete with their like
+    cost               "params" or "flops": what a budget counts, and what importance is divided by
     steps              rounds of ranking and removing; 1 = one-shot
     neurons_per_group  neurons that go together
     rewire             sort neurons by importance before grouping them
@@ -51,10 +52,8 @@ class Structured(ABC):
     keep_layers: float = 1.0
     towers: Sequence[str] | None = None
     stage: str = "finetune"
-    scope: str = "global"
-    compete: bool = False
-    across_towers: bool = False
-    cost: str = "params"
+    scope: str = "tower"
+    cost: str = "flops"
     steps: int = 6
     neurons_per_group: int = 64
     rewire: bool = False
@@ -69,16 +68,12 @@ class Structured(ABC):
                 raise ValueError(f"{name}: {value}, expected a share in (0, 1]")
         if self.stage not in STAGES:
             raise ValueError(f"stage: {self.stage!r}, expected one of {', '.join(STAGES)}")
-        if self.scope not in ("global", "layer"):
-            raise ValueError(f"scope: {self.scope!r}, expected 'global' or 'layer'")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope: {self.scope!r}, expected one of {', '.join(SCOPES)}")
         if self.cost not in COSTS:
             raise ValueError(f"cost: {self.cost!r}, expected one of {', '.join(COSTS)}")
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps}, expected at least 1")
-        if self.compete and self.scope == "layer":
-            raise ValueError("compete: needs scope='global', a layer's share of each kind is fixed otherwise")
-        if self.across_towers and not self.compete:
-            raise ValueError("across_towers: needs compete=True, each tower keeps its own shares otherwise")
         objective_named(self.objective)
 
     @property
@@ -145,10 +140,10 @@ class Structured(ABC):
     def _pool_of(self, candidate: Candidate) -> tuple:
         """Candidates with the same key compete with each other."""
         module = candidate.module
-        tower = None if self.across_towers else module.tower
+        tower = None if self.scope == "model" else module.tower
         if module.kind == "layer":
             return (tower, "layer")
-        if self.compete:
+        if self.scope in ("tower", "model"):
             return (tower, "width")
         return (tower, module.kind, module.layer if self.scope == "layer" else None)
 
@@ -163,7 +158,7 @@ class Structured(ABC):
         pools = []
         for key, positions in members.items():
             total = [c for c in everything if self._pool_of(c) == key]
-            if self.compete and key[1] == "width":
+            if key[1] == "width":
                 goal = sum((1 - self._keep(c.module.kind)) * c.cost for c in total) * share
                 gone = sum(c.cost for c in total) - sum(found[i].cost for i in positions)
                 costs = torch.tensor([float(found[i].cost) for i in order_of(found, value, positions)])

@@ -1,5 +1,16 @@
 """The kernels as functions of tensors, on CPU or CUDA. Each is a torch op, too: ``torch.ops.vlprune.<name>``."""
 
 from .ablation import leave_one_out, retrieval_rank
+from .layerwise import column_norm_sq_, nm_mask, perturb, prune_nm_, prune_smallest_, share_smallest, smallest_mask
 
-__all__ = ["leave_one_out", "retrieval_rank"]
+__all__ = [
+    "column_norm_sq_",
+    "leave_one_out",
+    "nm_mask",
+    "perturb",
+    "prune_nm_",
+    "prune_smallest_",
+    "retrieval_rank",
+    "share_smallest",
+    "smallest_mask",
+]

@@ -6,13 +6,13 @@ implementation, and the public function.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _native
+from .checks import check_tensors, expect_int, expect_tensors, may_read, rows, shape
 
 __all__ = ["leave_one_out", "retrieval_rank"]
 
@@ -21,43 +21,6 @@ _library.define("leave_one_out(Tensor x, Tensor weight, Tensor base, SymInt grou
 _library.define("retrieval_rank(Tensor query, Tensor gallery, Tensor positives) -> Tensor")
 
 _INT32_MAX = 2**31 - 1
-
-
-def _shape(tensor: Tensor) -> str:
-    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
-
-
-def _expect_tensors(**values: object) -> None:
-    """What the dispatcher would refuse in words of its own."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
-
-
-def _expect_int(name: str, value: object) -> int:
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; expected an int") from None
-
-
-def _check_tensors(**tensors: Tensor) -> None:
-    """Same device, same supported dtype."""
-    (first, reference), *others = tensors.items()
-    if reference.dtype not in _native.DTYPES:
-        raise TypeError(f"{first} has dtype {reference.dtype}; expected float32, float16 or bfloat16")
-    if reference.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{first} is on {reference.device}; expected a CPU or CUDA tensor")
-    for name, tensor in others:
-        if tensor.dtype != reference.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {reference.dtype} as {first}")
-        if tensor.device != reference.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {reference.device} as {first}")
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous; rows may lie any distance apart."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 # ---- leave_one_out --------------------------------------------------------------------------------------------------
@@ -70,21 +33,21 @@ def _leave_one_out_out(
     group_size: int,
     groups: Sequence[int] | None = None,  # V of them
 ) -> Tensor:  # [V, N, D], not filled
-    _check_tensors(x=x, weight=weight, base=base)
+    check_tensors(x=x, weight=weight, base=base)
     for name, tensor, expected in (("x", x, "[N, G*g]"), ("weight", weight, "[D, G*g]"), ("base", base, "[N, D]")):
         if tensor.dim() != 2:
-            raise ValueError(f"{name} has shape {_shape(tensor)}; expected two dimensions {expected}")
+            raise ValueError(f"{name} has shape {shape(tensor)}; expected two dimensions {expected}")
     if weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight has shape {_shape(weight)}; expected [D, {x.shape[1]}], as many columns as x")
+        raise ValueError(f"weight has shape {shape(weight)}; expected [D, {x.shape[1]}], as many columns as x")
     if base.shape[0] != x.shape[0] or base.shape[1] != weight.shape[0]:
         raise ValueError(
-            f"base has shape {_shape(base)}; expected [{x.shape[0]}, {weight.shape[0]}],"
+            f"base has shape {shape(base)}; expected [{x.shape[0]}, {weight.shape[0]}],"
             " the rows of x by the rows of weight"
         )
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; expected at least 1")
     if x.shape[1] < 1:
-        raise ValueError(f"x has shape {_shape(x)}; expected at least one column")
+        raise ValueError(f"x has shape {shape(x)}; expected at least one column")
     if x.shape[1] % group_size != 0:
         raise ValueError(f"group_size is {group_size}; expected a divisor of x's {x.shape[1]} columns")
     count = x.shape[1] // group_size
@@ -101,7 +64,7 @@ def _leave_one_out(
 ) -> Tensor:
     out = _leave_one_out_out(x, weight, base, group_size, groups)
     chosen = list(range(out.shape[0])) if groups is None else list(groups)
-    _native.leave_one_out(_rows(x), _rows(weight), _rows(base), out, chosen, group_size)
+    _native.leave_one_out(rows(x), rows(weight), rows(base), out, chosen, group_size)
     return out
 
 
@@ -139,11 +102,11 @@ def leave_one_out(
     ValueError
         Shapes that do not fit, tensors on different devices, group_size no divisor, a group out of range.
     """
-    _expect_tensors(x=x, weight=weight, base=base)
+    expect_tensors(x=x, weight=weight, base=base)
     if isinstance(groups, Tensor) or not (groups is None or isinstance(groups, Sequence)):
         raise TypeError(f"groups is a {type(groups).__name__}; expected None or a sequence of int, on the host")
-    chosen = None if groups is None else [_expect_int(f"groups[{i}]", group) for i, group in enumerate(groups)]
-    return torch.ops.vlprune.leave_one_out(x, weight, base, _expect_int("group_size", group_size), chosen)
+    chosen = None if groups is None else [expect_int(f"groups[{i}]", group) for i, group in enumerate(groups)]
+    return torch.ops.vlprune.leave_one_out(x, weight, base, expect_int("group_size", group_size), chosen)
 
 
 _library.impl("leave_one_out", _leave_one_out, "CPU")
@@ -159,22 +122,22 @@ def _retrieval_rank_out(
     gallery: Tensor,  # [V or 1, M, D] or [M, D]
     positives: Tensor,  # [N] or [N, P] int64
 ) -> Tensor:  # [V, N] or [N] int32, not filled
-    _check_tensors(query=query, gallery=gallery)
+    check_tensors(query=query, gallery=gallery)
     if query.dim() not in (2, 3):
-        raise ValueError(f"query has shape {_shape(query)}; expected [V, N, D] or [N, D]")
+        raise ValueError(f"query has shape {shape(query)}; expected [V, N, D] or [N, D]")
     if gallery.dim() not in (2, 3):
-        raise ValueError(f"gallery has shape {_shape(gallery)}; expected [V, M, D], [1, M, D] or [M, D]")
+        raise ValueError(f"gallery has shape {shape(gallery)}; expected [V, M, D], [1, M, D] or [M, D]")
     n, d = query.shape[-2:]
     if d < 1:
-        raise ValueError(f"query has shape {_shape(query)}; expected embeddings of at least one number")
+        raise ValueError(f"query has shape {shape(query)}; expected embeddings of at least one number")
     if gallery.shape[-1] != d:
-        raise ValueError(f"gallery has shape {_shape(gallery)}; expected embeddings of size {d} as query's")
+        raise ValueError(f"gallery has shape {shape(gallery)}; expected embeddings of size {d} as query's")
     if not 1 <= gallery.shape[-2] <= _INT32_MAX:
-        raise ValueError(f"gallery has shape {_shape(gallery)}; expected between 1 and 2**31 - 1 items")
+        raise ValueError(f"gallery has shape {shape(gallery)}; expected between 1 and 2**31 - 1 items")
     variants = query.shape[0] if query.dim() == 3 else 1
     if gallery.dim() == 3 and gallery.shape[0] != 1 and gallery.shape[0] != variants:
         raise ValueError(
-            f"gallery has shape {_shape(gallery)}; expected a leading dimension of 1 or of {variants},"
+            f"gallery has shape {shape(gallery)}; expected a leading dimension of 1 or of {variants},"
             " the variants of query"
         )
     if positives.dtype != torch.int64:
@@ -182,9 +145,9 @@ def _retrieval_rank_out(
     if positives.device != query.device:
         raise ValueError(f"positives is on {positives.device}; expected {query.device} as query")
     if positives.dim() not in (1, 2) or positives.shape[0] != n:
-        raise ValueError(f"positives has shape {_shape(positives)}; expected [{n}] or [{n}, P], one row per query")
+        raise ValueError(f"positives has shape {shape(positives)}; expected [{n}] or [{n}, P], one row per query")
     if positives.dim() == 2 and positives.shape[1] < 1:
-        raise ValueError(f"positives has shape {_shape(positives)}; expected at least one column")
+        raise ValueError(f"positives has shape {shape(positives)}; expected at least one column")
     return query.new_empty(query.shape[:-1], dtype=torch.int32)
 
 
@@ -199,15 +162,6 @@ def _retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor
         rank,
     )
     return rank
-
-
-def _may_read(tensor: Tensor) -> bool:
-    """Whether the tensor's values may be looked at: not while tracing or capturing a graph, and not a fake's."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
-        return False
-    if isinstance(tensor, torch._subclasses.FakeTensor):
-        return False
-    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _check_positives(positives: Tensor, items: int) -> None:
@@ -254,8 +208,8 @@ def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
         The last three need a look at the data (on CUDA: a synchronisation); while a CUDA graph is captured or
         torch.compile traces there is none: then a rank of -1 marks a query with a NaN among its scores.
     """
-    _expect_tensors(query=query, gallery=gallery, positives=positives)
-    readable = _may_read(positives)
+    expect_tensors(query=query, gallery=gallery, positives=positives)
+    readable = may_read(positives)
     if readable:
         _retrieval_rank_out(query, gallery, positives)
         _check_positives(positives, gallery.shape[-2])

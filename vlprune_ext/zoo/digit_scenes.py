@@ -1,4 +1,4 @@
-"""DigitScenes: coloured real handwritten digits on a 2 x 2 grid, with captions that say what is where.
+"""DigitScenes: coloured real handwritten digits on a 2 x 2 grid, with captions and questions about what is where.
 
 The digits are the 1,797 8 x 8 images of the UCI "Optical Recognition of Handwritten Digits" test set (CC BY 4.0), the
 same that scikit-learn ships as ``load_digits``; ``digits.safetensors`` beside this file holds them as uint8. They are
@@ -8,6 +8,7 @@ divided among the splits *before* any scene is composed, so a digit seen in one 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ CELL = IMAGE_SIZE // 2
 SIZES = (20, 22)  # side of a placed digit in pixels
 SINGLES = len(COLOURS) * 10 * len(POSITIONS)  # how many different scenes of one object can be told apart by caption
 
+# How often a kind of question is asked, relative to the other kinds that a scene allows.
+QUESTION_SHARES = {"digit": 0.40, "colour": 0.15, "digit by colour": 0.20, "colour by digit": 0.15, "count": 0.10}
+PLAIN_KINDS = ("digit", "colour", "count")  # asked of places and of the whole; the others need a search
+
 _SHARE = {"train": 0.70, "calibration": 0.10, "validation": 0.10, "test": 0.10}
 _SPLIT_SEED = 20240711
 _NAMES = tuple(COLOURS)
@@ -54,6 +59,15 @@ class Object:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question about a scene, its only right answer in one word, and its kind, a key of ``QUESTION_SHARES``."""
+
+    text: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Scene:
     """A picture and what is in it, objects in reading order.
 
@@ -68,6 +82,26 @@ class Scene:
     def caption(self) -> str:
         """E.g. ``"a red 3 top left, a blue 7 bottom right"``."""
         return ", ".join(o.phrase for o in self.objects)
+
+    @functools.cached_property
+    def questions(self) -> tuple[Question, ...]:
+        """All that is asked about the scene: digit and colour of every place ("none" where it is empty), the digit of
+        every colour and the colour of every digit that occur once, how many digits there are.
+        """
+        at = {o.position: o for o in self.objects}
+        colours, shown = Counter(o.colour for o in self.objects), Counter(o.digit for o in self.objects)
+        asked = []
+        for position, place in enumerate(POSITIONS):
+            o = at.get(position)
+            asked.append(Question(f"what digit is {place} ?", str(o.digit) if o else "none", "digit"))
+            asked.append(Question(f"what colour is {place} ?", _NAMES[o.colour] if o else "none", "colour"))
+        for o in self.objects:
+            if colours[o.colour] == 1:
+                asked.append(Question(f"what digit is {_NAMES[o.colour]} ?", str(o.digit), "digit by colour"))
+            if shown[o.digit] == 1:
+                asked.append(Question(f"what colour is the {o.digit} ?", _NAMES[o.colour], "colour by digit"))
+        asked.append(Question("how many digits are there ?", str(len(self.objects)), "count"))
+        return tuple(asked)
 
 
 def describe(colour: int, digit: int, position: int) -> str:
@@ -216,3 +250,30 @@ class DigitScenes(Sequence[Scene]):
     def captions(self) -> list[str]:
         """One caption a picture, all different."""
         return [scene.caption for scene in self]
+
+    @property
+    def questions(self) -> list[tuple[Question, ...]]:
+        """All questions of each scene."""
+        return [scene.questions for scene in self]
+
+    def asked(self, seed: int = 0, kinds: Sequence[str] = tuple(QUESTION_SHARES)) -> list[Question]:
+        """One question a scene: one of ``kinds`` by ``QUESTION_SHARES``, then any of that kind, all by ``seed``.
+
+        The questions of fewer scenes are the first of those of more. Raises ValueError on a negative seed, or on kinds
+        of which some scene has none: ``PLAIN_KINDS`` are in every scene.
+        """
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected 0 or more")
+        rng = np.random.default_rng([SPLITS.index(self.split), self.seed, seed])
+        chosen = []
+        for scene in self:
+            by_kind: dict[str, list[Question]] = {}
+            for question in scene.questions:
+                if question.kind in kinds:
+                    by_kind.setdefault(question.kind, []).append(question)
+            if not by_kind:
+                raise ValueError(f"kinds is {kinds!r}, but the scene {scene.caption!r} has no such question")
+            edges = np.cumsum([QUESTION_SHARES[kind] for kind in by_kind])
+            kind = list(by_kind)[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
+            chosen.append(by_kind[kind][rng.integers(len(by_kind[kind]))])
+        return chosen

@@ -1,0 +1,140 @@
+"""Layer-wise pruning ops beside the published code, and beside a plain copy, at LLaVA-1.5-7B's shapes.
+
+Each op has two rows: against what it replaces, and against copying (or reading) the same tensor, which bounds what any
+kernel can do. Pruning needs a weight that is whole before each round, and the harness has no untimed place to restore
+it between the baseline and ours: so "copy + prune" is timed on both sides, into a tensor of its own, and the row beside
+a copy says what the copy costs (ratio 0.5: pruning costs as much again). Ours looks at the data for NaNs, too, as users
+call it. Scores are random, nearly without ties; how long ours takes depends on them little.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlprune_ext import ops
+
+SHAPES = [(4096, 4096), (11008, 4096)]
+DTYPE = torch.bfloat16
+
+
+def make(shape, device):
+    """The weight of a layer and a scale of its columns."""
+    return (torch.randn(shape, device=device) * 0.02).to(DTYPE), torch.rand(shape[1], device=device) + 0.1
+
+
+def bytes_of(*tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def rounds_of(device, on_cpu):
+    return 15 if device.type == "cuda" else on_cpu
+
+
+def smallest_by_sort(weight, scale, k):
+    """As Wanda's published code (arXiv 2306.11695) does, with the scale instead of its square."""
+    metric = weight.float().abs() * scale
+    mask = torch.zeros_like(metric, dtype=torch.bool)
+    indices = torch.sort(metric, dim=-1, stable=True)[1][:, :k]
+    mask.scatter_(1, indices, True)
+    weight[mask] = 0
+
+
+def nm_by_loop(weight, scale, n, m):
+    """As Wanda's published code does: one topk for every m columns."""
+    metric = weight.float().abs() * scale
+    mask = torch.zeros_like(metric, dtype=torch.bool)
+    for ii in range(0, metric.shape[1], m):
+        tmp = metric[:, ii : ii + m].float()
+        mask.scatter_(1, ii + torch.topk(tmp, n, dim=1, largest=False)[1], True)
+    weight[mask] = 0
+
+
+PRUNE = {
+    "prune_smallest_ row": (
+        lambda weight, scale: ops.prune_smallest_(weight, scale, weight.shape[1] // 2),
+        lambda weight, scale: smallest_by_sort(weight, scale, weight.shape[1] // 2),
+        "stable sort, scatter, index",
+    ),
+    "prune_nm_ 2:4": (
+        lambda weight, scale: ops.prune_nm_(weight, scale, 2, 4),
+        lambda weight, scale: nm_by_loop(weight, scale, 2, 4),
+        "topk in a loop",
+    ),
+}
+
+
+@pytest.mark.parametrize("beside", ["published", "copy"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("what", PRUNE)
+def test_prune(what, shape, beside, device, compare):
+    weight, scale = make(shape, device)
+    work, other = torch.empty_like(weight), torch.empty_like(weight)
+    ours, published, name = PRUNE[what]
+
+    def copy_and_prune():
+        ours(work.copy_(weight), scale)
+
+    def copy_and_published():
+        published(other.copy_(weight), scale)
+
+    alone = beside == "copy"
+    compare(
+        f"copy + {what} / copy" if alone else f"copy + {what}",
+        f"{shape[0]}x{shape[1]}",
+        copy_and_prune,
+        (lambda: other.copy_(weight)) if alone else copy_and_published,
+        baseline_name="copy_" if alone else f"copy + {name}",
+        dtype=DTYPE,
+        moved=2 * bytes_of(weight, work),  # read and written by the copy, then by the op
+        rounds=rounds_of(device, 9 if alone else 3),
+        notes="both sides start with the copy" if not alone else "the baseline is the copy alone",
+    )
+    if not alone:
+        assert int((work == 0).sum()) == int((other == 0).sum()) >= work.numel() // 2
+
+
+@pytest.mark.parametrize("beside", ["published", "copy"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_perturb(shape, beside, device, compare):
+    weight, _ = make(shape, device)
+    copies = torch.empty_like(weight), torch.empty_like(weight)
+
+    def published():
+        z = torch.randn_like(weight)
+        return weight + 1e-3 * z, weight - 1e-3 * z
+
+    def copy():  # both ends, as ours
+        for end in copies:
+            end.copy_(weight)
+
+    alone = beside == "copy"
+    compare(
+        "perturb / copy" if alone else "perturb",
+        f"{shape[0]}x{shape[1]}",
+        lambda: ops.perturb(weight, 1, 2, 1e-3),
+        copy if alone else published,
+        baseline_name="copy_, twice" if alone else "randn_like, w + eps z, w - eps z",
+        dtype=DTYPE,
+        moved=3 * bytes_of(weight),
+        rounds=rounds_of(device, 5),
+        notes="ours allocates both results, the copies are written in place" if alone else "",
+    )
+
+
+@pytest.mark.parametrize("beside", ["published", "reading"])
+def test_column_norm_sq(beside, device, compare):
+    x = torch.randn(2048, 4096, device=device).to(DTYPE)
+    acc = torch.zeros(x.shape[1], device=device)
+    as_integers = x.view(torch.int16)
+    alone = beside == "reading"
+    compare(
+        "column_norm_sq_ / reading" if alone else "column_norm_sq_",
+        "x=[2048, 4096]",
+        lambda: ops.column_norm_sq_(acc, x),
+        as_integers.amax if alone else lambda: acc.add_(x.float().pow(2).sum(0)),
+        baseline_name="amax of int16" if alone else "x.float().pow(2).sum(0)",
+        dtype=DTYPE,
+        moved=bytes_of(x),
+        rounds=rounds_of(device, 9),
+    )

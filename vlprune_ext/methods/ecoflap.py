@@ -1,0 +1,243 @@
+"""ECoFLaP: layer-wise sparsities from global scores, then local pruning (ICLR 2024, arXiv 2310.02998)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from ..allocation import allocate, keep_count, round_shares
+from ..anatomy import Anatomy, describe
+from ..criteria import Pattern
+from ..data import Data
+from ..layerwise import Selection, check_finite, check_weights, used_matrices, walk_inputs
+from ..matrices import Matrix
+from ..objectives import Objective, objective_named
+from ..plan import Plan, Scores
+from ..replay import Progress
+from ..sensitivity import Sensitivity, check_eps, first_order, zeroth_order
+
+ESTIMATORS = ("zeroth-order", "first-order", "outliers", "uniform")
+GRANULARITIES = ("layer", "block", "model")
+IMPORTANCES = ("norm", "weighted", "squared")
+
+
+@dataclass(kw_only=True)
+class ECoFLaP:
+    """Coarse: how sparse each matrix becomes, from its global importance. Fine: which of its weights go.
+
+    sparsity          share of all prunable weights that become zero, in [0, 1)
+    estimator         where importance comes from: "zeroth-order" (random directions, no gradients), "first-order" (one
+                      gradient), "outliers" (OWL, arXiv 2310.05175), or "uniform": every matrix the same
+    importance        of a matrix with slope s: "norm": s, the released choice for zeroth order; "weighted": sum |W| s,
+                      with s of each weight under first order; "squared": sum W^2 s^2. None: the released choice
+    granularity       what shares one sparsity: "layer" (a matrix), "block", "model" (a tower)
+    aggregate         importance of a group: "sum" of its matrices, or "avg", divided by its weights
+    max_sparsity      of any group; None: sparsity + 0.1, the released choice
+    per_tower         every tower keeps its own share, instead of one budget over all
+    draws, eps, seed  of zeroth order; eps None: that of the dtype (`sensitivity.EPS`)
+    realised          divide by the distance that the rounded weights lie apart
+    samples_per_loss  samples averaged before the absolute value of a loss difference is taken; None: all
+    outlier_factor, outlier_range  OWL's M and lambda
+    criterion, pattern, scope, damping  the fine stage: `layerwise.Selection`. An n:m pattern fixes every sparsity
+    towers            to prune; None for all that the objective sees
+    objective         the loss; None: what suits the model
+    batch_size        calibration rows run at once
+    """
+
+    sparsity: float = 0.5
+    estimator: str = "zeroth-order"
+    importance: str | None = None
+    granularity: str = "block"
+    aggregate: str = "sum"
+    max_sparsity: float | None = None
+    per_tower: bool = False
+    draws: int = 4
+    eps: float | None = None
+    seed: int = 0
+    realised: bool = True
+    samples_per_loss: int | None = 1
+    outlier_factor: float = 5.0
+    outlier_range: float = 0.08
+    criterion: str = "wanda"
+    pattern: str = "unstructured"
+    scope: str | None = None
+    damping: float = 0.01
+    towers: Sequence[str] | None = None
+    objective: str | Objective | None = None
+    batch_size: int = 32
+    scores: Scores | None = field(default=None, init=False, repr=False, compare=False)
+    sensitivity: Sensitivity | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity: {self.sparsity}, expected a share in [0, 1)")
+        if self.max_sparsity is not None and not self.sparsity <= self.max_sparsity <= 1:
+            raise ValueError(f"max_sparsity: {self.max_sparsity}, expected a share in [{self.sparsity}, 1]")
+        for name, value, known in (
+            ("estimator", self.estimator, ESTIMATORS),
+            ("importance", self.importance, (None, *IMPORTANCES)),
+            ("granularity", self.granularity, GRANULARITIES),
+            ("aggregate", self.aggregate, ("sum", "avg")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r}, expected one of {', '.join(map(str, known))}")
+        for name in ("draws", "samples_per_loss"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}, expected at least 1")
+        check_eps(self.eps)
+        self._selection("")
+        objective_named(self.objective)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def describe(self) -> dict:
+        """The method's name and fields, as plain data."""
+        fields = {k: v for k, v in asdict(self).items() if k not in ("scores", "sensitivity")}
+        if isinstance(self.objective, Objective):
+            fields["objective"] = self.objective.name
+        if fields["towers"] is not None:
+            fields["towers"] = list(fields["towers"])
+        return {"name": self.name, **fields}
+
+    def _selection(self, objective: str) -> Selection:
+        return Selection(self.criterion, self.pattern, self.scope, self.damping, self.batch_size, objective or None)
+
+    def plan(self, model: nn.Module, data: Data, *, progress: Progress | None = None) -> Plan:
+        """A sparsity for every matrix. No weight is written.
+
+        Raises ValueError for towers the objective does not see or that have no prunable weights, weights or losses that
+        are not finite, and widths that the pattern does not divide.
+        """
+        anatomy = describe(model)
+        objective = objective_named(self.objective, anatomy)
+        for tower in self.towers or ():
+            if tower not in objective.towers(anatomy):
+                raise ValueError(f"towers: {tower!r}, expected some of {', '.join(objective.towers(anatomy))}")
+        chosen = used_matrices(anatomy, objective, data, self.towers)
+        check_weights(chosen, self.pattern)
+        pattern = Pattern.parse(self.pattern)
+        self.sensitivity = None
+        if pattern.n:
+            sparsity = [pattern.n / pattern.m] * len(chosen)
+        elif self.estimator == "uniform":
+            sparsity = [self.sparsity] * len(chosen)
+        else:
+            groups = self._groups(chosen)
+            sizes = [sum(chosen[i].weight.numel() for i in members) for members in groups]
+            if self.estimator == "outliers":
+                ratios = self._outliers(anatomy, objective, data, chosen, progress)
+                keeps = self._owl(groups, sizes, ratios)
+            else:
+                keeps = self._allocate(
+                    chosen, groups, sizes, self._importance(anatomy, objective, data, chosen, progress)
+                )
+            sparsity = [0.0] * len(chosen)
+            for members, size, keep in zip(groups, sizes, keeps, strict=True):
+                for i in members:
+                    sparsity[i] = 1 - keep / size
+        return Plan(
+            anatomy.shape(),
+            sparsity={matrix.name: share for matrix, share in zip(chosen, sparsity, strict=True)},
+            selection=asdict(self._selection(objective.name)),
+            method={**self.describe(), "objective": objective.name},
+        )
+
+    # -- coarse -------------------------------------------------------------------------------------------------------
+
+    def _groups(self, chosen: Sequence[Matrix]) -> list[list[int]]:
+        """Positions in ``chosen`` that share one sparsity."""
+        groups: dict[tuple, list[int]] = {}
+        for i, matrix in enumerate(chosen):
+            key = {"layer": (matrix.name,), "block": (matrix.tower, matrix.layer), "model": (matrix.tower,)}
+            groups.setdefault(key[self.granularity], []).append(i)
+        return list(groups.values())
+
+    def _importance(
+        self, anatomy: Anatomy, objective: Objective, data: Data, chosen: Sequence[Matrix], progress: Progress | None
+    ) -> list[float]:
+        if self.estimator == "first-order":
+            found = first_order(anatomy, objective, data, chosen, batch_size=self.batch_size, progress=progress)
+        else:
+            found = zeroth_order(
+                anatomy,
+                objective,
+                data,
+                chosen,
+                draws=self.draws,
+                eps=self.eps,
+                seed=self.seed,
+                realised=self.realised,
+                samples_per_loss=self.samples_per_loss,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+        self.sensitivity = found
+        kind = self.importance or ("weighted" if self.estimator == "first-order" else "norm")
+        if kind == "norm":
+            return found.slope.tolist()
+        if kind == "weighted":
+            return found.weighted.tolist()
+        squares = [matrix.weight.detach().float().square().sum(dtype=torch.float64).item() for matrix in chosen]
+        return [square * slope**2 for square, slope in zip(squares, found.slope.tolist(), strict=True)]
+
+    def _allocate(
+        self, chosen: Sequence[Matrix], groups: list[list[int]], sizes: list[int], importance: list[float]
+    ) -> list[int]:
+        """Kept weights of each group."""
+        of_group = [sum(importance[i] for i in members) for members in groups]
+        if self.aggregate == "avg":
+            of_group = [value / size for value, size in zip(of_group, sizes, strict=True)]
+        most = min(1.0, self.sparsity + 0.1) if self.max_sparsity is None else self.max_sparsity
+        keeps = [0] * len(groups)
+        for budget in self._budgets(chosen, groups):
+            own = [sizes[g] for g in budget]
+            # Rounded down, so that floors never ask for more than the budget holds.
+            floors = [keep_count(size, most) for size in own]
+            for g, keep in zip(
+                budget,
+                allocate([of_group[g] for g in budget], own, keep_count(sum(own), self.sparsity), floors),
+                strict=True,
+            ):
+                keeps[g] = keep
+        return keeps
+
+    def _budgets(self, chosen: Sequence[Matrix], groups: list[list[int]]) -> list[list[int]]:
+        """Groups that compete with each other."""
+        if not self.per_tower:
+            return [list(range(len(groups)))]
+        towers: dict[str, list[int]] = {}
+        for g, members in enumerate(groups):
+            towers.setdefault(chosen[members[0]].tower, []).append(g)
+        return list(towers.values())
+
+    def _outliers(
+        self, anatomy: Anatomy, objective: Objective, data: Data, chosen: Sequence[Matrix], progress: Progress | None
+    ) -> list[tuple[int, int]]:
+        """(scores above M times the mean, all scores) of each matrix, by Wanda's scores of the dense model (OWL)."""
+        check_finite(anatomy, objective, data, self.batch_size)
+        place = {matrix.name: i for i, matrix in enumerate(chosen)}
+        counts = [(0, 0)] * len(chosen)
+        walk = walk_inputs(anatomy, objective, data, chosen, batch_size=self.batch_size, progress=progress)
+        for of_block, inputs in walk:
+            for matrix in of_block:
+                scores = matrix.weight.detach().float().abs() * inputs(matrix).scale
+                outlying = int((scores > self.outlier_factor * scores.mean()).sum())
+                counts[place[matrix.name]] = (outlying, scores.numel())
+        return counts
+
+    def _owl(self, groups: list[list[int]], sizes: list[int], counts: list[tuple[int, int]]) -> list[int]:
+        """Kept weights of each group: (1 - sparsity) plus its outlier ratio, stretched to 2 lambda, minus the mean."""
+        ratio = [sum(counts[i][0] for i in members) / max(sum(counts[i][1] for i in members), 1) for members in groups]
+        low, high = min(ratio), max(ratio)
+        above = [2 * self.outlier_range * (r - low) / (high - low) if high > low else 0.0 for r in ratio]
+        total = sum(sizes)
+        mean = math.fsum(a * n for a, n in zip(above, sizes, strict=True)) / total
+        shares = [n * (1 - self.sparsity + a - mean) for a, n in zip(above, sizes, strict=True)]
+        return round_shares(shares, sizes, keep_count(total, self.sparsity))

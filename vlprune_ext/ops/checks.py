@@ -1,0 +1,56 @@
+"""What every op asks of its arguments, and how it says what came and what was expected."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+
+def shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def expect_tensors(**values: object) -> None:
+    """What the dispatcher would refuse in words of its own."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
+
+
+def expect_int(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; expected an int") from None
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Same device, same supported dtype."""
+    (first, reference), *others = tensors.items()
+    if reference.dtype not in _native.DTYPES:
+        raise TypeError(f"{first} has dtype {reference.dtype}; expected float32, float16 or bfloat16")
+    if reference.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{first} is on {reference.device}; expected a CPU or CUDA tensor")
+    for name, tensor in others:
+        if tensor.dtype != reference.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {reference.dtype} as {first}")
+        if tensor.device != reference.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {reference.device} as {first}")
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous; rows may lie any distance apart."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether the tensor's values may be looked at: not while tracing or capturing a graph, and not a fake's."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    if isinstance(tensor, torch._subclasses.FakeTensor):
+        return False
+    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
