@@ -39,8 +39,8 @@ struct RetrievalRank {
   DType dtype;          // of query and gallery; scores are fp32
 };
 
-// acc[j] += sum_n token_weight[n] * x[n, j]^2, accumulated in fp32: rows in ascending order within a chunk of
-// kNormChunk, then the chunks in order.
+// acc[j] += sum_n token_weight[n] * x[n, j]^2, accumulated in fp32: the rows of a chunk of kNormChunk in an order that
+// never changes, then the chunks in ascending order.
 constexpr int64_t kNormChunk = 128;
 struct ColumnNormSq {
   float* acc;                 // [in]

@@ -6,7 +6,10 @@
 // vector of them:
 //   F, I                     fp32 and uint32
 //   integer(uint32_t)        constant
-//   mulhi, mullo, add, xor_  of I
+//   add, xor_                of I
+//   Word, split, join        what a round of Philox works on, and the way from I and back
+//   product(Word, uint32_t, Word& high, Word& low)  both halves of the product
+//   xor3(Word, Word, uint32_t)
 //   shift_right<n>(I), shift_left<n>(I)  logical
 //   number(float)            constant
 //   add, sub, mul, sqrt      of F
@@ -25,27 +28,39 @@
 
 namespace vlprune {
 
-// The four words of counter (low, high, tensor) under the 64-bit key `seed`.
-template <class Lane>
-VLPRUNE_HOST_DEVICE void philox4(typename Lane::I low, typename Lane::I high, uint64_t tensor, uint64_t seed,
-                                 typename Lane::I (&word)[4]) {
-  using I = typename Lane::I;
-  const I m0 = Lane::integer(0xD2511F53u), m1 = Lane::integer(0xCD9E8D57u);
-  word[0] = low;
-  word[1] = high;
-  word[2] = Lane::integer(static_cast<uint32_t>(tensor));
-  word[3] = Lane::integer(static_cast<uint32_t>(tensor >> 32));
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const I high0 = Lane::mulhi(m0, word[0]), low0 = Lane::mullo(m0, word[0]);
-    const I high1 = Lane::mulhi(m1, word[2]), low1 = Lane::mullo(m1, word[2]);
-    word[0] = Lane::xor_(Lane::xor_(high1, word[1]), Lane::integer(k0));
-    word[1] = low1;
-    word[2] = Lane::xor_(Lane::xor_(high0, word[3]), Lane::integer(k1));
-    word[3] = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+// What the 64-bit key adds to each round; the same for all counters.
+struct RoundKeys {
+  uint32_t first[10], second[10];
+
+  VLPRUNE_HOST_DEVICE explicit RoundKeys(uint64_t seed) {
+    for (uint32_t round = 0; round < 10; ++round) {
+      first[round] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+      second[round] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+    }
   }
+};
+
+// The four words of counter (low, high, tensor) under the key.
+template <class Lane>
+VLPRUNE_HOST_DEVICE void philox4(typename Lane::I low, typename Lane::I high, uint64_t tensor, const RoundKeys& keys,
+                                 typename Lane::I (&word)[4]) {
+  using W = typename Lane::Word;
+  W w0 = Lane::split(low), w1 = Lane::split(high);
+  W w2 = Lane::split(Lane::integer(static_cast<uint32_t>(tensor)));
+  W w3 = Lane::split(Lane::integer(static_cast<uint32_t>(tensor >> 32)));
+  for (int round = 0; round < 10; ++round) {
+    W high0, low0, high1, low1;
+    Lane::product(w0, 0xD2511F53u, high0, low0);
+    Lane::product(w2, 0xCD9E8D57u, high1, low1);
+    w0 = Lane::xor3(high1, w1, keys.first[round]);
+    w1 = low1;
+    w2 = Lane::xor3(high0, w3, keys.second[round]);
+    w3 = low0;
+  }
+  word[0] = Lane::join(w0);
+  word[1] = Lane::join(w1);
+  word[2] = Lane::join(w2);
+  word[3] = Lane::join(w3);
 }
 
 // log(u) for u in (0, 1], to about 1e-7: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
@@ -103,10 +118,10 @@ VLPRUNE_HOST_DEVICE void box_muller(typename Lane::I first, typename Lane::I sec
 
 // Four normal numbers of counter `low + 2^32 high` of a tensor's stream.
 template <class Lane>
-VLPRUNE_HOST_DEVICE void normal4(typename Lane::I low, typename Lane::I high, uint64_t tensor, uint64_t seed,
+VLPRUNE_HOST_DEVICE void normal4(typename Lane::I low, typename Lane::I high, uint64_t tensor, const RoundKeys& keys,
                                  typename Lane::F (&z)[4]) {
   typename Lane::I word[4];
-  philox4<Lane>(low, high, tensor, seed, word);
+  philox4<Lane>(low, high, tensor, keys, word);
   box_muller<Lane>(word[0], word[1], z[0], z[1]);
   box_muller<Lane>(word[2], word[3], z[2], z[3]);
 }

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import vlprune_ext as vp
 from vlprune_ext import bench, cli, demo
 from vlprune_ext.anatomy import FAMILIES
-from vlprune_ext.methods import METHODS
+from vlprune_ext.methods import METHODS, STRUCTURED, ECoFLaP
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "score", "prune", "evaluate", "plan-cost", "bench", "info", "report")
@@ -158,12 +158,45 @@ def test_prune_save_evaluate_and_report_again(tiny, tmp_path):
     assert third["plan"] == content["plan"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STRUCTURED)
 def test_prune_prints_a_table(tiny, method):
     text = run("prune", tiny, "--method", method, *SMALL, "--steps", 1, "--test-limit", 20, "--keep-heads", 1).stdout
     assert "dense" in text
     assert METHODS[method].__name__ in text
     assert "removed 128 of 256 neurons" in text
+
+
+def test_prune_by_ecoflap(tiny, tmp_path):
+    """Weights are zeroed, none is removed; what was saved loads, and so does the plan."""
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    options = ("--estimator", "first-order", "--sparsity", 0.6, *SMALL[:2], "--test-limit", 20)
+    made = run("prune", tiny, "--method", "ecoflap", *options, "--out", out, "--save-plan", plan)
+    assert "ECoFLaP" in made.stdout
+    assert "not zero" in made.stdout
+    assert re.search(r"removed \d+% to \d+% of the weights of \d+ matrices", made.stdout)
+    model = transformers.CLIPModel.from_pretrained(out)
+    shares = json.loads(plan.read_text())["sparsity"]
+    weights = {name: p for name, p in model.named_parameters() if name in shares}
+    zeros = sum(int((p == 0).sum()) for p in weights.values()) / sum(p.numel() for p in weights.values())
+    assert zeros == pytest.approx(0.6, abs=0.01)
+    again = json.loads(run("prune", tiny, "--plan", plan, *SMALL[:2], "--test-limit", 20, "--json").stdout)
+    assert again["after"]["nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--sparsity", 1), 2, "sparsity: 1.0, expected a share in"),
+        (("--pattern", "4:2"), 2, "pattern: '4:2', expected 'unstructured' or 'n:m'"),
+        (("--pattern", "3:7"), 1, "pattern: 3:7, but .* columns, which 7 does not divide"),
+        (("--estimator", "hessian"), 2, "estimator: 'hessian', expected one of zeroth-order"),
+        (("--criterion", "luck"), 2, "criterion: 'luck', expected one of wanda"),
+        (("--keep-heads", 0.5), 2, "--keep-heads: not a field of ecoflap"),
+        (("--towers", "audio"), 1, "towers: 'audio', expected some of vision, text"),
+    ],
+)
+def test_bad_input_to_ecoflap(tiny, options, code, message):
+    assert re.search(message, refused("prune", tiny, "--method", "ecoflap", "--limit", 8, *options, code=code))
 
 
 def test_several_ways_to_prune_are_all_reported(tiny, tmp_path):
@@ -479,7 +512,7 @@ def test_readme_commands_parse():
             assert option in known, f"{command} {option}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/mope.md", "docs/adding_an_op.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/mope.md", "docs/ecoflap.md", "docs/adding_an_op.md"])
 def test_links_of_the_docs_lead_somewhere(page):
     path = ROOT / page
     prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
@@ -488,11 +521,12 @@ def test_links_of_the_docs_lead_somewhere(page):
             assert (path.parent / target).exists(), target
 
 
-def test_mope_page_names_every_field():
+@pytest.mark.parametrize(("page", "methods"), [("mope.md", STRUCTURED.values()), ("ecoflap.md", [ECoFLaP])])
+def test_pages_name_every_field(page, methods):
     import dataclasses
 
-    text = (ROOT / "docs" / "mope.md").read_text(encoding="utf-8")
-    for method in METHODS.values():
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for method in methods:
         for field in dataclasses.fields(method):
             if field.init:
                 assert f"`{field.name}`" in text, f"{method.__name__}.{field.name}"

@@ -163,7 +163,7 @@ def prune(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="mope, magnitude, random or taylor. Several: the first is kept, the others are compared with it.",
+            help="mope, ecoflap, magnitude, random or taylor. Several: the first is kept, the others compared.",
             show_default="mope",
         ),
     ] = None,
@@ -194,6 +194,13 @@ def prune(
     scope: Annotated[str | None, method_field("layer, kind, tower or model: who competes.", "tower")] = None,
     steps: Annotated[int | None, method_field("Rounds of scoring and removing.", "method's")] = None,
     neurons_per_group: Annotated[int | None, method_field("Neurons that are removed together.", "64")] = None,
+    sparsity: Annotated[float | None, method_field("ecoflap: share of weights zeroed.", "0.5")] = None,
+    estimator: Annotated[
+        str | None,
+        method_field("ecoflap: zeroth-order, first-order, outliers or uniform.", "zeroth-order"),
+    ] = None,
+    criterion: Annotated[str | None, method_field("ecoflap: wanda, magnitude, ria or sparsegpt.", "wanda")] = None,
+    pattern: Annotated[str | None, method_field("ecoflap: unstructured, or n:m zeros.", "unstructured")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(

@@ -92,19 +92,25 @@ def prune_matrix(
     sparsity   share of the entries; of a row (``scope="row"``) or of the matrix, to the nearest whole number. A pattern
                n:m takes n of every m, whatever this says
     """
-    if criterion == "sparsegpt":
-        assert inputs is not None
-        _sparsegpt(weight, inputs, sparsity, pattern, damping)
-        return
-    scale = inputs.scale if criterion == "wanda" and inputs is not None else None
-    if criterion == "ria":
-        assert inputs is not None
+    if criterion == "magnitude":
+        _zero(weight, None, sparsity, pattern, scope)
+    elif inputs is None:
+        raise ValueError(f"inputs: None, but criterion {criterion!r} looks at what enters the matrix")
+    elif criterion == "wanda":
+        _zero(weight, inputs.scale, sparsity, pattern, scope)
+    elif criterion == "ria":
         scores = relative_importance(weight, inputs, ria_power)
         if pattern.n:
             weight.masked_fill_(nm_mask(scores, None, pattern.n, pattern.m), 0)
         else:
             weight.masked_fill_(smallest_mask(scores, None, _count(weight, sparsity, scope), scope=scope), 0)
-    elif pattern.n:
+    else:
+        _sparsegpt(weight, inputs, sparsity, pattern, damping)
+
+
+def _zero(weight: Tensor, scale: Tensor | None, sparsity: float, pattern: Pattern, scope: str) -> None:
+    """Zero what has the least |w| * scale, in place."""
+    if pattern.n:
         prune_nm_(weight, scale, pattern.n, pattern.m)
     else:
         prune_smallest_(weight, scale, _count(weight, sparsity, scope), scope=scope)

@@ -18,11 +18,21 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
 from vlprune_ext import zoo
-from vlprune_ext.zoo.digit_scenes import COLOURS, POSITIONS, SINGLES, SPLITS, DigitScenes, describe
+from vlprune_ext.zoo.digit_scenes import (
+    COLOURS,
+    PLAIN_KINDS,
+    POSITIONS,
+    SINGLES,
+    SPLITS,
+    DigitScenes,
+    Question,
+    describe,
+)
 
 IGNORED = -100  # a label that no loss counts
 DIGITS = "digits"
 DIGITS_CLASSES = "digits-classes"
+DIGITS_QUESTIONS = "digits-questions"
 
 _DEFAULT_SCENES = 1000
 _CHUNK = 64  # images or texts handed to a processor at once
@@ -215,6 +225,7 @@ class _Record:
     open: Callable[[], Image.Image]
     texts: list[str]
     label: str | None = None
+    question: str = ""  # what the texts answer
 
 
 def load_data(
@@ -235,6 +246,8 @@ def load_data(
         ``"digits"``: DigitScenes, scenes of one to four digits with a caption each, all captions different.
         ``"digits-classes"``: scenes of one digit with the ten digits as classes, one prompt for every colour and place;
         at most 320, at which every colour, digit and place occurs once.
+        ``"digits-questions"``: scenes with a question each ("what digit is top left ?") and its answer of one word, for
+        a model with an image token.
         Otherwise a JSONL file; each line is ``{"image": path, "text": str or [str, ...]}`` and, on every line or on
         none, ``"label"``: a class name, and ``"split"``. Paths are relative to the file. Lines with the same image
         become one image with several texts.
@@ -275,7 +288,7 @@ def load_data(
         raise ValueError(f"limit is {limit!r}, expected an int of at least 1 or None")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}, expected an int of 0 or more")
-    digits = source in (DIGITS, DIGITS_CLASSES)
+    digits = source in (DIGITS, DIGITS_CLASSES, DIGITS_QUESTIONS)
     if digits:
         records, prompts = _digit_records(str(source), split, limit, seed)
         name = str(source)
@@ -290,9 +303,12 @@ def load_data(
 def _digit_records(
     source: str, split: str, limit: int | None, seed: int
 ) -> tuple[list[_Record], dict[str, list[str]] | None]:
-    if source == DIGITS:
+    questions: list[Question | None] = []
+    if source != DIGITS_CLASSES:
         scenes = DigitScenes(split, limit or _DEFAULT_SCENES, seed)
         prompts = None
+        if source == DIGITS_QUESTIONS:
+            questions = [*scenes.asked(seed, PLAIN_KINDS)]
     else:
         scenes = DigitScenes(split, limit or SINGLES, seed, objects=(1,))
         prompts = {
@@ -302,10 +318,11 @@ def _digit_records(
     records = [
         _Record(
             open=lambda image=scene.image: Image.fromarray(image),  # type: ignore[misc]
-            texts=[scene.caption],
+            texts=[question.answer if question else scene.caption],
             label=None if prompts is None else str(scene.objects[0].digit),
+            question=question.text if question else "",
         )
-        for scene in scenes
+        for scene, question in zip(scenes, questions or [None] * len(scenes), strict=True)
     ]
     return records, prompts
 
@@ -461,6 +478,10 @@ class _Preparer:
         texts = [text for record in records for text in record.texts]
         images: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
+        if any(record.question for record in records) and (not self.image_token or self.decoder_start is not None):
+            raise ValueError(
+                f"{name} asks questions, expected a model that reads an image token and goes on from there"
+            )
         if self.image_token:
             images, rows = self._images_with_texts(records)
         else:
@@ -518,12 +539,14 @@ class _Preparer:
                 if self.adds_image:
                     text = text.replace(self.image_token, "")
                 elif self.image_token not in text:
-                    text = self.image_prefix + text
+                    text = self.image_prefix + (f"{record.question} {text}" if record.question else text)
                 output = self.processor(images=[image], text=[text], return_tensors="pt")
                 ids = output["input_ids"]
                 aligned = {k for k, v in output.items() if isinstance(v, Tensor) and v.shape == ids.shape}
                 aligned |= {k for k in output if k.startswith("qformer_")}  # the text in the Q-Former's own tokens
                 rows.append({key: output[key][0] for key in aligned if self._is_input(key)})
+                if record.question:
+                    rows[-1]["labels"] = self._answer_labels(rows[-1], record.texts[at])
                 if self.decoder_start is not None:
                     rows[-1]["labels"] = self._decoder_labels(torch.tensor(self.tokenizer(answer)["input_ids"]))
                 if at == 0:
@@ -551,6 +574,14 @@ class _Preparer:
 
     def _decoder_labels(self, ids: Tensor) -> Tensor:
         return torch.cat([ids.new_tensor([self.decoder_start]), ids])
+
+    def _answer_labels(self, row: dict[str, Tensor], answer: str) -> Tensor:
+        """The ids of the answer, at the end of the text, and EOS where the tokenizer puts it there."""
+        labels = self._labels(row)
+        words = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        ends = bool(labels[-1] == self.tokenizer.eos_token_id)
+        labels[: len(labels) - words - ends] = IGNORED
+        return labels
 
     def _labels(self, row: dict[str, Tensor]) -> Tensor:
         """The ids after the image, EOS included; other special tokens and what is not attended do not count."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import _native
 from .anatomy import Anatomy
 from .criteria import Inputs, Pattern, check_criterion, prune_matrix
 from .data import Data
 from .matrices import Matrix, matrices
-from .objectives import Objective
+from .objectives import LMLoss, Objective
 from .patch import Patches, evaluation_mode
 from .replay import Progress, Replay
 
@@ -57,8 +58,10 @@ def check_weights(chosen: Sequence[Matrix], pattern: str = "unstructured") -> No
     """Raises ValueError naming the first matrix that cannot be pruned."""
     wanted = Pattern.parse(pattern)
     for matrix in chosen:
-        if matrix.weight.is_meta:
-            raise ValueError(f"{matrix.name}: its weights are not in memory (meta device)")
+        if matrix.weight.dtype not in _native.DTYPES:
+            raise ValueError(
+                f"{matrix.name}: its weights are {matrix.weight.dtype}, expected float32, float16 or bfloat16"
+            )
         if not bool(torch.isfinite(torch.stack(matrix.weight.detach().aminmax())).all()):
             row, column = (~matrix.weight.isfinite()).nonzero()[0].tolist()
             raise ValueError(
@@ -73,9 +76,12 @@ def used_matrices(
 ) -> list[Matrix]:
     """The matrices that take part when the objective is computed, which a cross attention may not.
 
-    Raises ValueError for a tower without any.
+    Raises ValueError for a tower without any, and for weights that are not in memory.
     """
     found = matrices(anatomy, objective.towers(anatomy) if towers is None else towers)
+    for matrix in found:
+        if matrix.weight.is_meta:
+            raise ValueError(f"{matrix.name}: its weights are not in memory (meta device)")
     seen: set[str] = set()
     for tower in dict.fromkeys(matrix.tower for matrix in found):
         with Patches() as patches, evaluation_mode(anatomy.model):
@@ -114,7 +120,7 @@ def walk_inputs(
             anatomy,
             name,
             objective.batches(anatomy, name, data, batch_size),
-            lambda _, inputs, _t=name: objective.outputs(anatomy, _t, inputs),
+            objective.runner(anatomy, name),
         )
         for layer in range(max(layers) + 1):
             if layer in layers:
@@ -169,7 +175,8 @@ class _Collector:
             mask = mask if self.tower == "decoder" else None  # of the encoder's text; images have no padding
         elif self.anatomy.family.needs_decoder_ids and self.tower == "decoder":
             mask = self.inputs["labels"] != _IGNORED
-        return mask if mask is not None and mask.shape == x.shape[:-1] else None
+        # Some layers, such as OPT's, are given all tokens in one row [B * T, in].
+        return mask if mask is not None and mask.numel() == x.shape[:-1].numel() else None
 
 
 @torch.no_grad()
@@ -227,5 +234,5 @@ def check_finite(anatomy: Anatomy, objective: Objective, data: Data, batch_size:
                 raise ValueError(
                     f"data: the model is not finite on row {int(bad[0])} of tower {tower!r} of {data.name}"
                 )
-            if objective.name == "lm_loss":
+            if isinstance(objective, LMLoss):
                 return  # every tower's rows are the same whole runs

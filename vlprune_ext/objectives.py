@@ -91,6 +91,10 @@ class Objective(ABC):
     def report(self, anatomy: Anatomy, data: Data, batch_size: int) -> dict[str, float]:
         """The numbers a person reads."""
 
+    def runner(self, anatomy: Anatomy, tower: str) -> Callable[[nn.Module, Inputs], Tensor]:
+        """`outputs` as `Replay` wants it."""
+        return lambda _, inputs: self.outputs(anatomy, tower, inputs)
+
     def run(self, anatomy: Anatomy, tower: str, data: Data, batch_size: int) -> Tensor:
         """[N, ...]: the outputs of all rows."""
         return torch.cat([self.outputs(anatomy, tower, b) for b in self.batches(anatomy, tower, data, batch_size)])
@@ -346,11 +350,10 @@ class LMLoss(Objective):
 
     name: str = field(default="lm_loss", init=False)
 
-    @staticmethod
-    def _head(anatomy: Anatomy) -> nn.Module:
+    def _head(self, anatomy: Anatomy) -> nn.Module:
         if anatomy.head is None:
             raise ValueError(
-                f"objective: 'lm_loss' needs a model that predicts tokens, {type(anatomy.model).__name__} does not"
+                f"objective: {self.name!r} needs a model that predicts tokens, {type(anatomy.model).__name__} does not"
             )
         return anatomy.head
 
@@ -361,7 +364,7 @@ class LMLoss(Objective):
     def batches(self, anatomy: Anatomy, tower: str, data: Data, batch_size: int) -> list[Inputs]:
         self.towers(anatomy)
         if "labels" not in data.texts:
-            raise ValueError(f"data: {data.name} has no labels, objective 'lm_loss' needs them")
+            raise ValueError(f"data: {data.name} has no labels, objective {self.name!r} needs them")
         scored = (data.texts["labels"][:, 1:] != _IGNORED).any(1)
         if not bool(scored.all()):
             raise ValueError(f"data: sample {int((~scored).nonzero()[0])} of {data.name} has no labelled position")
@@ -373,6 +376,17 @@ class LMLoss(Objective):
 
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
         """[B]: minus the loss of each sample."""
+        losses, sample = self._of_tokens(anatomy, inputs)
+        total = losses.new_zeros(len(inputs["labels"])).index_add(0, sample, losses)
+        return -total / torch.bincount(sample, minlength=len(total))
+
+    @staticmethod
+    def _of_token(logits: Tensor, target: Tensor) -> Tensor:
+        """[P]: the loss of each position, from its logits [P, V]."""
+        return F.cross_entropy(logits, target, reduction="none")
+
+    def _of_tokens(self, anatomy: Anatomy, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """(`_of_token` of every labelled position [P], the sample [P] that each belongs to)."""
         labels = inputs["labels"]
         head = self._head(anatomy)
         hidden = _final_states(anatomy, head, inputs)
@@ -380,12 +394,11 @@ class LMLoss(Objective):
         target = labels[sample, position + 1]
         states = hidden[sample, position]
         rows = max(1, _LOGIT_BYTES // (4 * anatomy.text_config.vocab_size))
-        losses = [
-            F.cross_entropy(head(part).float(), wanted, reduction="none")
+        found = [
+            self._of_token(head(part).float(), wanted)
             for part, wanted in zip(states.split(rows), target.split(rows), strict=True)
         ]
-        total = hidden.new_zeros(len(labels), dtype=torch.float32).index_add(0, sample, torch.cat(losses))
-        return -total / torch.bincount(sample, minlength=len(labels))
+        return torch.cat(found), sample
 
     def values(self, anatomy, tower, outputs, other, data, part=None) -> Tensor:
         return outputs
@@ -403,6 +416,29 @@ class LMLoss(Objective):
         with evaluation_mode(anatomy.model):
             loss = -self.run(anatomy, tower, data, batch_size).double().mean()
         return {"lm_loss": loss.item(), "perplexity": loss.exp().item()}
+
+
+@dataclass
+class ExactMatch(LMLoss):
+    """1 where a greedy decoder gives every labelled token of a sample, else 0."""
+
+    name: str = field(default="exact_match", init=False)
+    differentiable = False
+
+    def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
+        """[B]: whether all labelled tokens of each sample are the most likely ones, given those before."""
+        wrong, sample = self._of_tokens(anatomy, inputs)
+        return (wrong.new_zeros(len(inputs["labels"])).index_add(0, sample, wrong) == 0).float()
+
+    @staticmethod
+    def _of_token(logits: Tensor, target: Tensor) -> Tensor:
+        return (logits.argmax(-1) != target).float()
+
+    @torch.no_grad()
+    def report(self, anatomy, data, batch_size) -> dict[str, float]:
+        tower = self.towers(anatomy)[0]
+        with evaluation_mode(anatomy.model):
+            return {"exact_match": self.run(anatomy, tower, data, batch_size).double().mean().item()}
 
 
 def _final_states(anatomy: Anatomy, head: nn.Module, inputs: Inputs) -> Tensor:
@@ -433,6 +469,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "margin": lambda: Contrastive("margin"),
     "zero_shot": ZeroShot,
     "lm_loss": LMLoss,
+    "exact_match": ExactMatch,
 }
 
 

@@ -18,7 +18,7 @@ from .data import Data
 from .flops import count_flops
 from .methods.ecoflap import ECoFLaP
 from .methods.structured import Structured
-from .objectives import Objective, objective_named
+from .objectives import LMLoss, Objective, objective_named
 from .patch import Patches, evaluation_mode
 from .plan import Plan, Scores
 from .replay import Progress
@@ -74,11 +74,14 @@ def evaluate(
 
 @torch.no_grad()
 def measure(model: nn.Module, data: Data, objective: str | Objective | None = None, *, repeats: int = 20) -> dict:
-    """Parameters; FLOPs (two per multiply-add) and latency (median, batch 1) of one sample through all towers."""
+    """Parameters, and how many are not zero; FLOPs (two per multiply-add) and latency (median, batch 1) of one sample.
+
+    The sample goes through all towers.
+    """
     anatomy = describe(model)
     objective = default_objective(anatomy) if objective is None else objective_named(objective)
     one = data.subset(1)
-    towers = objective.towers(anatomy)[:1] if objective.name == "lm_loss" else objective.towers(anatomy)
+    towers = objective.towers(anatomy)[:1] if isinstance(objective, LMLoss) else objective.towers(anatomy)
     with evaluation_mode(model):
         inputs = {tower: objective.batches(anatomy, tower, one, 1)[0] for tower in towers}
 
@@ -90,6 +93,7 @@ def measure(model: nn.Module, data: Data, objective: str | Objective | None = No
         seconds = [_timed(run, model) for _ in range(repeats + 3)][3:]
     return {
         "params": sum(p.numel() for p in model.parameters()),
+        "nonzero": sum(int(p.count_nonzero()) for p in model.parameters()),
         "flops": flops,
         "latency_ms": 1000 * statistics.median(seconds),
     }

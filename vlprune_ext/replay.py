@@ -336,7 +336,7 @@ class Replay:
 
         pair: tuple[Any, tuple[Tensor, Tensor]] | None = None  # both signs come from one draw
         for change in changes:
-            module = block.get_submodule(change.matrix)
+            module: Any = block.get_submodule(change.matrix)
             draw = (change.matrix, change.seed, change.tensor_id, change.eps)
             if pair is None or pair[0] != draw:
                 pair = (draw, perturb(module.weight, change.seed, change.tensor_id, change.eps))
@@ -371,7 +371,7 @@ class Replay:
                 leaving = _stacked(shared.stream, copies) if variants is None else variants
                 passed_by = _with_first(shared.output, leaving, copies)
                 patches.forward(block.module, lambda *_, **__: passed_by)
-            else:
+            elif variants is not None:
                 if only is not None:
                     self._widen(patches, block.module, length)
                 _set_stream(patches, block.module, own(shared.stream))

@@ -85,8 +85,8 @@ def applied_plan(result: Any) -> Plan:
 # ---- numbers as people read them ------------------------------------------------------------------------------------
 
 HIDDEN = ("image_to_text_", "text_to_image_")  # the two halves of a recall that is shown
-SIZES = ("params", "flops", "latency_ms")
-NAMES = {"params": "parameters", "flops": "FLOPs", "latency_ms": "latency"}
+SIZES = ("params", "nonzero", "flops", "latency_ms")
+NAMES = {"params": "parameters", "nonzero": "not zero", "flops": "FLOPs", "latency_ms": "latency"}
 
 
 def si(value: float, unit: str = "") -> str:
@@ -102,7 +102,7 @@ def metric(name: str, value: Any) -> str:
     """A measured number with its unit."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return NOTHING if value is None else str(value)
-    if name in ("params", "flops"):
+    if name in ("params", "nonzero", "flops"):
         return si(value)
     if name.endswith("_ms"):
         return f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
@@ -128,7 +128,10 @@ def columns(*numbers: Mapping[str, Any]) -> list[str]:
         for key, value in row.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not key.startswith(HIDDEN)
     )
-    return [key for key in seen if key not in SIZES] + [key for key in SIZES if key in seen]
+    # Where nothing was zeroed, all parameters are not zero, and a column that says so says nothing.
+    sparse = any(row.get("nonzero", 0) < 0.99 * row.get("params", 0) for row in numbers)
+    sizes = [key for key in SIZES if key in seen and (sparse or key != "nonzero")]
+    return [key for key in seen if key not in SIZES] + sizes
 
 
 def comparison_table(result: Any, comparisons: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -261,6 +264,10 @@ def cut_summary(plan: Plan) -> str:
     layers = sum(len(set(gone)) for gone in plan.layers.values())
     if layers:
         parts.append(f"{layers} of {sum(map(len, plan.shape.values()))} layers")
+    if any(plan.sparsity.values()):
+        shares = sorted(plan.sparsity.values())
+        low, high = f"{shares[0]:.0%}", f"{shares[-1]:.0%}"
+        parts.append(f"{low if low == high else f'{low} to {high}'} of the weights of {len(shares)} matrices")
     if not parts:
         return "nothing"
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

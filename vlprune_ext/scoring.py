@@ -273,7 +273,7 @@ class _Judge:
             self.anatomy,
             tower,
             self.objective.batches(self.anatomy, tower, data, self.batch_size),
-            lambda _, inputs: self.objective.outputs(self.anatomy, tower, inputs),
+            self.objective.runner(self.anatomy, tower),
             stacked_rows=self.stacked_rows,
             skip_layers=self._gone(tower),
             progress=self.progress,

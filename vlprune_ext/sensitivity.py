@@ -80,7 +80,7 @@ def zeroth_order(
             anatomy,
             tower,
             objective.batches(anatomy, tower, data, batch_size),
-            lambda _, inputs, _t=tower: objective.outputs(anatomy, _t, inputs),
+            objective.runner(anatomy, tower),
             stacked_rows=stacked_rows,
             progress=progress,
         )

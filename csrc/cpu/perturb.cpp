@@ -11,6 +11,7 @@ namespace vlprune::cpu::VLPRUNE_ISA {
 namespace {
 
 constexpr int64_t kChunk = 64, kCounters = 16;
+constexpr int64_t kTogether = 2 * kChunk;
 
 #if VLPRUNE_ISA_IS_avx512
 
@@ -23,13 +24,19 @@ struct Lane {
   static VLPRUNE_INLINE I ascending(uint32_t first) {
     return add(integer(first), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
   }
-  static VLPRUNE_INLINE I even(I a, I b) { return _mm512_mul_epu32(a, b); }
-  static VLPRUNE_INLINE I odd(I a, I b) { return _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32)); }
-  static VLPRUNE_INLINE I mulhi(I a, I b) {
-    return _mm512_mask_mov_epi32(_mm512_srli_epi64(even(a, b), 32), 0xaaaa, odd(a, b));
+  // Counters at even and at odd places apart, each in the low half of 64 bits; what is above it does not count.
+  struct Word {
+    I even, odd;
+  };
+  static VLPRUNE_INLINE Word split(I a) { return {a, _mm512_srli_epi64(a, 32)}; }
+  static VLPRUNE_INLINE I join(Word a) { return _mm512_mask_mov_epi32(a.even, 0xaaaa, _mm512_slli_epi64(a.odd, 32)); }
+  static VLPRUNE_INLINE void product(Word a, uint32_t m, Word& high, Word& low) {
+    low = {_mm512_mul_epu32(a.even, integer(m)), _mm512_mul_epu32(a.odd, integer(m))};
+    high = {_mm512_srli_epi64(low.even, 32), _mm512_srli_epi64(low.odd, 32)};
   }
-  static VLPRUNE_INLINE I mullo(I a, I b) {
-    return _mm512_mask_mov_epi32(even(a, b), 0xaaaa, _mm512_slli_epi64(odd(a, b), 32));
+  static VLPRUNE_INLINE Word xor3(Word a, Word b, uint32_t c) {
+    return {_mm512_ternarylogic_epi32(a.even, b.even, integer(c), 0x96),
+            _mm512_ternarylogic_epi32(a.odd, b.odd, integer(c), 0x96)};
   }
   static VLPRUNE_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static VLPRUNE_INLINE I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
@@ -65,13 +72,17 @@ struct Lane {
   static VLPRUNE_INLINE I ascending(uint32_t first) {
     return add(integer(first), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
   }
-  static VLPRUNE_INLINE I even(I a, I b) { return _mm256_mul_epu32(a, b); }
-  static VLPRUNE_INLINE I odd(I a, I b) { return _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32)); }
-  static VLPRUNE_INLINE I mulhi(I a, I b) {
-    return _mm256_blend_epi32(_mm256_srli_epi64(even(a, b), 32), odd(a, b), 0xaa);
+  struct Word {  // as above
+    I even, odd;
+  };
+  static VLPRUNE_INLINE Word split(I a) { return {a, _mm256_srli_epi64(a, 32)}; }
+  static VLPRUNE_INLINE I join(Word a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xaa); }
+  static VLPRUNE_INLINE void product(Word a, uint32_t m, Word& high, Word& low) {
+    low = {_mm256_mul_epu32(a.even, integer(m)), _mm256_mul_epu32(a.odd, integer(m))};
+    high = {_mm256_srli_epi64(low.even, 32), _mm256_srli_epi64(low.odd, 32)};
   }
-  static VLPRUNE_INLINE I mullo(I a, I b) {
-    return _mm256_blend_epi32(even(a, b), _mm256_slli_epi64(odd(a, b), 32), 0xaa);
+  static VLPRUNE_INLINE Word xor3(Word a, Word b, uint32_t c) {
+    return {xor_(xor_(a.even, b.even), integer(c)), xor_(xor_(a.odd, b.odd), integer(c))};
   }
   static VLPRUNE_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static VLPRUNE_INLINE I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
@@ -105,8 +116,14 @@ struct Lane {
 
   static VLPRUNE_INLINE I integer(uint32_t value) { return value; }
   static VLPRUNE_INLINE I ascending(uint32_t first) { return first; }
-  static VLPRUNE_INLINE I mulhi(I a, I b) { return I(uint64_t{a} * b >> 32); }
-  static VLPRUNE_INLINE I mullo(I a, I b) { return a * b; }
+  using Word = I;
+  static VLPRUNE_INLINE Word split(I a) { return a; }
+  static VLPRUNE_INLINE I join(Word a) { return a; }
+  static VLPRUNE_INLINE void product(Word a, uint32_t m, Word& high, Word& low) {
+    high = Word(uint64_t{a} * m >> 32);
+    low = a * m;
+  }
+  static VLPRUNE_INLINE Word xor3(Word a, Word b, uint32_t c) { return a ^ b ^ c; }
   static VLPRUNE_INLINE I add(I a, I b) { return a + b; }
   static VLPRUNE_INLINE I xor_(I a, I b) { return a ^ b; }
   template <int n>
@@ -130,6 +147,48 @@ struct Lane {
 
 #endif
 
+// Two lanes in step, whose chains of operations hide each other's latency.
+template <class L>
+struct Twice {
+  template <class V>
+  struct Pair {
+    V a, b;
+  };
+  using F = Pair<typename L::F>;
+  using I = Pair<typename L::I>;
+  using Word = Pair<typename L::Word>;
+
+  static VLPRUNE_INLINE I integer(uint32_t value) { return {L::integer(value), L::integer(value)}; }
+  static VLPRUNE_INLINE I add(I x, I y) { return {L::add(x.a, y.a), L::add(x.b, y.b)}; }
+  static VLPRUNE_INLINE I xor_(I x, I y) { return {L::xor_(x.a, y.a), L::xor_(x.b, y.b)}; }
+  static VLPRUNE_INLINE Word split(I x) { return {L::split(x.a), L::split(x.b)}; }
+  static VLPRUNE_INLINE I join(Word x) { return {L::join(x.a), L::join(x.b)}; }
+  static VLPRUNE_INLINE void product(Word x, uint32_t m, Word& high, Word& low) {
+    L::product(x.a, m, high.a, low.a);
+    L::product(x.b, m, high.b, low.b);
+  }
+  static VLPRUNE_INLINE Word xor3(Word x, Word y, uint32_t c) { return {L::xor3(x.a, y.a, c), L::xor3(x.b, y.b, c)}; }
+  template <int n>
+  static VLPRUNE_INLINE I shift_right(I x) {
+    return {L::template shift_right<n>(x.a), L::template shift_right<n>(x.b)};
+  }
+  template <int n>
+  static VLPRUNE_INLINE I shift_left(I x) {
+    return {L::template shift_left<n>(x.a), L::template shift_left<n>(x.b)};
+  }
+  static VLPRUNE_INLINE F number(float value) { return {L::number(value), L::number(value)}; }
+  static VLPRUNE_INLINE F add(F x, F y) { return {L::add(x.a, y.a), L::add(x.b, y.b)}; }
+  static VLPRUNE_INLINE F sub(F x, F y) { return {L::sub(x.a, y.a), L::sub(x.b, y.b)}; }
+  static VLPRUNE_INLINE F mul(F x, F y) { return {L::mul(x.a, y.a), L::mul(x.b, y.b)}; }
+  static VLPRUNE_INLINE F sqrt(F x) { return {L::sqrt(x.a), L::sqrt(x.b)}; }
+  static VLPRUNE_INLINE F from_int(I x) { return {L::from_int(x.a), L::from_int(x.b)}; }
+  static VLPRUNE_INLINE I bits(F x) { return {L::bits(x.a), L::bits(x.b)}; }
+  static VLPRUNE_INLINE F floating(I x) { return {L::floating(x.a), L::floating(x.b)}; }
+  static VLPRUNE_INLINE F choose(I flag, F x, F y) {
+    return {L::choose(flag.a, x.a, y.a), L::choose(flag.b, x.b, y.b)};
+  }
+};
+
 VLPRUNE_INLINE void store_number(float* p, Lane::F z) {
 #if VLPRUNE_ISA_IS_scalar
   *p = z;
@@ -138,14 +197,18 @@ VLPRUNE_INLINE void store_number(float* p, Lane::F z) {
 #endif
 }
 
-// z[0 .. 64) of a chunk.
-VLPRUNE_INLINE void numbers(int64_t chunk, const Perturb& args, float* z) {
+// z[0 .. kTogether) of chunks `chunk` and the next.
+VLPRUNE_INLINE void numbers(int64_t chunk, uint64_t tensor, const RoundKeys& keys, float* z) {
   const uint64_t counter = uint64_t(chunk) * kCounters;
+  const auto high = Lane::integer(uint32_t(counter >> 32));  // the same for both: chunk is even
   for (int64_t l = 0; l < kCounters; l += Lane::kCount) {
-    Lane::F four[4];
-    normal4<Lane>(Lane::ascending(uint32_t(counter) + uint32_t(l)), Lane::integer(uint32_t(counter >> 32)), args.tensor,
-                  args.seed, four);
-    for (int j = 0; j < 4; ++j) store_number(z + kCounters * j + l, four[j]);
+    const uint32_t low = uint32_t(counter) + uint32_t(l);
+    Twice<Lane>::F four[4];
+    normal4<Twice<Lane>>({Lane::ascending(low), Lane::ascending(low + kCounters)}, {high, high}, tensor, keys, four);
+    for (int j = 0; j < 4; ++j) {
+      store_number(z + kCounters * j + l, four[j].a);
+      store_number(z + kChunk + kCounters * j + l, four[j].b);
+    }
   }
 }
 
@@ -154,13 +217,14 @@ void run(const Perturb& args, int threads) {
   const T* const weight = static_cast<const T*>(args.weight);
   T* const plus = static_cast<T*>(args.plus);
   T* const minus = static_cast<T*>(args.minus);
-  const int64_t chunks = (args.count + kChunk - 1) / kChunk;
+  const int64_t pairs = (args.count + kTogether - 1) / kTogether;
+  const RoundKeys keys(args.seed);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    alignas(64) float z[kChunk];
-    numbers(chunk, args, z);
-    const int64_t first = chunk * kChunk;
-    const int64_t size = args.count - first < kChunk ? args.count - first : kChunk;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    alignas(64) float z[kTogether];
+    numbers(2 * pair, args.tensor, keys, z);
+    const int64_t first = pair * kTogether;
+    const int64_t size = args.count - first < kTogether ? args.count - first : kTogether;
     const Vec eps = broadcast(args.eps);
     const auto step = [&](int64_t i, auto... count) {
       const Vec w = load(weight + first + i, count...), change = mul(eps, load(z + i, count...));

@@ -29,8 +29,14 @@ struct CudaLane {
   using F = float;
   using I = uint32_t;
   static __device__ __forceinline__ I integer(uint32_t x) { return x; }
-  static __device__ __forceinline__ I mulhi(I a, I b) { return __umulhi(a, b); }
-  static __device__ __forceinline__ I mullo(I a, I b) { return a * b; }
+  using Word = I;
+  static __device__ __forceinline__ Word split(I a) { return a; }
+  static __device__ __forceinline__ I join(Word a) { return a; }
+  static __device__ __forceinline__ void product(Word a, uint32_t m, Word& high, Word& low) {
+    high = __umulhi(a, m);
+    low = a * m;
+  }
+  static __device__ __forceinline__ Word xor3(Word a, Word b, uint32_t c) { return a ^ b ^ c; }
   static __device__ __forceinline__ I add(I a, I b) { return a + b; }
   static __device__ __forceinline__ I xor_(I a, I b) { return a ^ b; }
   template <int n>
@@ -74,6 +80,7 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const Params<T> p) {
   const int64_t counter = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kCounters;
   const int64_t first = counter / 16 * 64 + counter % 16;
   if (first >= p.count) return;
+  const RoundKeys keys(p.seed);
   const bool whole = p.vector && first + 48 + kCounters <= p.count;
 
   Run<T> weight[4];  // loaded before the numbers are made, which hides the latency
@@ -91,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const Params<T> p) {
   float z[kCounters][4];
 #pragma unroll
   for (int i = 0; i < kCounters; ++i) {
-    normal4<CudaLane>(static_cast<uint32_t>(counter + i), static_cast<uint32_t>(counter >> 32), p.tensor, p.seed, z[i]);
+    normal4<CudaLane>(static_cast<uint32_t>(counter + i), static_cast<uint32_t>(counter >> 32), p.tensor, keys, z[i]);
   }
 
 #pragma unroll

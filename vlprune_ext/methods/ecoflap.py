@@ -15,7 +15,7 @@ from ..criteria import Pattern
 from ..data import Data
 from ..layerwise import Selection, check_finite, check_weights, used_matrices, walk_inputs
 from ..matrices import Matrix
-from ..objectives import Objective, objective_named
+from ..objectives import OBJECTIVES, Objective, objective_named
 from ..plan import Plan, Scores
 from ..replay import Progress
 from ..sensitivity import Sensitivity, check_eps, first_order, zeroth_order
@@ -89,6 +89,10 @@ class ECoFLaP:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value}, expected at least 1")
+        for name in ("outlier_factor", "outlier_range"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: {value}, expected a number of at least 0")
         check_eps(self.eps)
         self._selection("")
         objective_named(self.objective)
@@ -107,7 +111,9 @@ class ECoFLaP:
         return {"name": self.name, **fields}
 
     def _selection(self, objective: str) -> Selection:
-        return Selection(self.criterion, self.pattern, self.scope, self.damping, self.batch_size, objective or None)
+        # One that has no name of its own, such as recall at other ranks, leaves the data to the model's.
+        named = objective if objective in OBJECTIVES else None
+        return Selection(self.criterion, self.pattern, self.scope, self.damping, self.batch_size, named)
 
     def plan(self, model: nn.Module, data: Data, *, progress: Progress | None = None) -> Plan:
         """A sparsity for every matrix. No weight is written.
@@ -131,13 +137,8 @@ class ECoFLaP:
         else:
             groups = self._groups(chosen)
             sizes = [sum(chosen[i].weight.numel() for i in members) for members in groups]
-            if self.estimator == "outliers":
-                ratios = self._outliers(anatomy, objective, data, chosen, progress)
-                keeps = self._owl(groups, sizes, ratios)
-            else:
-                keeps = self._allocate(
-                    chosen, groups, sizes, self._importance(anatomy, objective, data, chosen, progress)
-                )
+            measure = self._outliers if self.estimator == "outliers" else self._importance
+            keeps = self._keeps(chosen, groups, sizes, measure(anatomy, objective, data, chosen, progress))
             sparsity = [0.0] * len(chosen)
             for members, size, keep in zip(groups, sizes, keeps, strict=True):
                 for i in members:
@@ -187,24 +188,22 @@ class ECoFLaP:
         squares = [matrix.weight.detach().float().square().sum(dtype=torch.float64).item() for matrix in chosen]
         return [square * slope**2 for square, slope in zip(squares, found.slope.tolist(), strict=True)]
 
-    def _allocate(
-        self, chosen: Sequence[Matrix], groups: list[list[int]], sizes: list[int], importance: list[float]
+    def _keeps(
+        self, chosen: Sequence[Matrix], groups: list[list[int]], sizes: list[int], measured: Sequence[float]
     ) -> list[int]:
-        """Kept weights of each group."""
-        of_group = [sum(importance[i] for i in members) for members in groups]
-        if self.aggregate == "avg":
+        """Kept weights of each group, from what was measured of each matrix."""
+        of_group = [sum(measured[i] for i in members) for members in groups]
+        if self.aggregate == "avg" or self.estimator == "outliers":
             of_group = [value / size for value, size in zip(of_group, sizes, strict=True)]
         most = min(1.0, self.sparsity + 0.1) if self.max_sparsity is None else self.max_sparsity
+        share_out = self._owl if self.estimator == "outliers" else allocate
         keeps = [0] * len(groups)
         for budget in self._budgets(chosen, groups):
             own = [sizes[g] for g in budget]
             # Rounded down, so that floors never ask for more than the budget holds.
             floors = [keep_count(size, most) for size in own]
-            for g, keep in zip(
-                budget,
-                allocate([of_group[g] for g in budget], own, keep_count(sum(own), self.sparsity), floors),
-                strict=True,
-            ):
+            kept = share_out([of_group[g] for g in budget], own, keep_count(sum(own), self.sparsity), floors)
+            for g, keep in zip(budget, kept, strict=True):
                 keeps[g] = keep
         return keeps
 
@@ -219,25 +218,31 @@ class ECoFLaP:
 
     def _outliers(
         self, anatomy: Anatomy, objective: Objective, data: Data, chosen: Sequence[Matrix], progress: Progress | None
-    ) -> list[tuple[int, int]]:
-        """(scores above M times the mean, all scores) of each matrix, by Wanda's scores of the dense model (OWL)."""
+    ) -> list[float]:
+        """How many of Wanda's scores of each matrix of the dense model lie above M times their mean (OWL)."""
         check_finite(anatomy, objective, data, self.batch_size)
-        place = {matrix.name: i for i, matrix in enumerate(chosen)}
-        counts = [(0, 0)] * len(chosen)
+        counts: dict[str, int] = {}
         walk = walk_inputs(anatomy, objective, data, chosen, batch_size=self.batch_size, progress=progress)
         for of_block, inputs in walk:
             for matrix in of_block:
                 scores = matrix.weight.detach().float().abs() * inputs(matrix).scale
-                outlying = int((scores > self.outlier_factor * scores.mean()).sum())
-                counts[place[matrix.name]] = (outlying, scores.numel())
-        return counts
+                counts[matrix.name] = int((scores > self.outlier_factor * scores.mean()).sum())
+        return [counts[matrix.name] for matrix in chosen]
 
-    def _owl(self, groups: list[list[int]], sizes: list[int], counts: list[tuple[int, int]]) -> list[int]:
-        """Kept weights of each group: (1 - sparsity) plus its outlier ratio, stretched to 2 lambda, minus the mean."""
-        ratio = [sum(counts[i][0] for i in members) / max(sum(counts[i][1] for i in members), 1) for members in groups]
-        low, high = min(ratio), max(ratio)
-        above = [2 * self.outlier_range * (r - low) / (high - low) if high > low else 0.0 for r in ratio]
-        total = sum(sizes)
-        mean = math.fsum(a * n for a, n in zip(above, sizes, strict=True)) / total
-        shares = [n * (1 - self.sparsity + a - mean) for a, n in zip(above, sizes, strict=True)]
-        return round_shares(shares, sizes, keep_count(total, self.sparsity))
+    def _owl(self, ratio: Sequence[float], sizes: Sequence[int], keep: int, floors: Sequence[int]) -> list[int]:
+        """Kept weights of each group: outlier ratios stretched to 2 lambda, at the level at which they sum to keep.
+
+        Where no group is at a bound, that is (1 - sparsity) plus the stretched ratio minus its mean.
+        """
+        least, most = min(ratio), max(ratio)
+        above = [2 * self.outlier_range * (r - least) / (most - least) if most > least else 0.0 for r in ratio]
+
+        def shares(level: float) -> list[float]:
+            triples = zip(above, sizes, floors, strict=True)
+            return [min(max(size * (level + a), floor), size) for a, size, floor in triples]
+
+        low, high = -max(above), 1.0  # all at their floors, all whole
+        for _ in range(60):
+            level = (low + high) / 2
+            low, high = (level, high) if math.fsum(shares(level)) <= keep else (low, level)
+        return round_shares(shares(low), sizes, keep)

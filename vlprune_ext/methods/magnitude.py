@@ -17,6 +17,7 @@ from .structured import Structured, Task
 class Magnitude(Structured):
     """Rank modules by the sum of |w| over everything that goes with them (Li et al., arXiv 1608.08710)."""
 
+    scope: str = "kind"  # sums of |w| of heads and of neurons do not compare
     steps: int = 1  # weights do not change between rounds
 
     def importance(self, task: Task) -> Scores:

@@ -15,6 +15,7 @@ class Random(Structured):
     """Remove modules at random, the same ones for the same seed."""
 
     seed: int = 0
+    scope: str = "kind"
     steps: int = 1
 
     def importance(self, task: Task) -> Scores:

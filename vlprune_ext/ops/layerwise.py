@@ -119,6 +119,8 @@ def _check_weight(weight: Tensor, column_scale: Tensor | None) -> None:
     check_tensors(weight=weight)
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {shape(weight)}; expected two dimensions [out, in]")
+    if weight.shape[0] >= 1 << 31 or weight.shape[1] >= 1 << 30:
+        raise ValueError(f"weight has shape {shape(weight)}; expected fewer than 2**31 rows and 2**30 columns")
     if weight.shape[0] > 1 and weight.stride(1) == 1 and weight.stride(0) < weight.shape[1]:
         raise ValueError(f"weight has rows {weight.stride(0)} apart and {weight.shape[1]} wide; expected no overlap")
     if column_scale is not None:
