@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .anatomy import Anatomy, Block, Site
 from .data import Data
 from .interventions import DropLayer, Intervention
 from .objectives import Objective
-from .patch import Patches
+from .patch import Patches, gradients_only_of
 
 Slopes = dict[tuple[int, str], Tensor]  # (layer, kind of site) -> [rows, units]
 
@@ -45,7 +44,7 @@ def gate_slopes(
     found: dict[tuple[int, str], list[Tensor]] = {}
     for batch, part in zip(batches, slope.split([len(o) for o in outputs]), strict=True):
         gates: dict[tuple[int, str], Tensor] = {}
-        with torch.enable_grad(), _frozen(anatomy.model), Patches() as patches:
+        with torch.enable_grad(), gradients_only_of(anatomy.model), Patches() as patches:
             for layer, block in enumerate(anatomy.tower(tower).blocks):
                 if layer not in skip_layers:
                     _gate(patches, layer, block, gates)
@@ -76,16 +75,3 @@ def _gate(patches: Patches, layer: int, block: Block, gates: dict[tuple[int, str
 
     for site in block.sites.values():
         patches.pre_hook(site.out, hook(site))
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Only the gates need gradients."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 _ABSENT = object()
 
@@ -67,3 +67,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def gradients_only_of(model: nn.Module, parameters: Iterable[Tensor] = ()) -> Iterator[None]:
+    """No other parameter of the model needs a gradient; every flag comes back on exit."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = {id(p) for p in parameters}
+    for p, _ in flags:
+        p.requires_grad_(id(p) in wanted)
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)

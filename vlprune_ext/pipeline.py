@@ -19,7 +19,7 @@ from .flops import count_flops
 from .methods.ecoflap import ECoFLaP
 from .methods.structured import Structured
 from .objectives import LMLoss, Objective, objective_named
-from .patch import Patches, evaluation_mode
+from .patch import Patches, evaluation_mode, gradients_only_of
 from .plan import Plan, Scores
 from .replay import Progress
 from .scoring import candidates, check_kinds, neuron_groups
@@ -82,7 +82,8 @@ def measure(model: nn.Module, data: Data, objective: str | Objective | None = No
     objective = default_objective(anatomy) if objective is None else objective_named(objective)
     one = data.subset(1)
     towers = objective.towers(anatomy)[:1] if isinstance(objective, LMLoss) else objective.towers(anatomy)
-    with evaluation_mode(model):
+    # Where gradients are on, the counter hooks a BLIP-2 model's query tokens, which have none under no_grad.
+    with evaluation_mode(model), gradients_only_of(model):
         inputs = {tower: objective.batches(anatomy, tower, one, 1)[0] for tower in towers}
 
         def run() -> None:

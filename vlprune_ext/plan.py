@@ -245,8 +245,8 @@ class Plan:
             if len(set(gone)) == blocks:
                 raise ValueError(f"plan: removes all {blocks} layers of tower {tower!r}; at least one must stay")
         for name, share in self.sparsity.items():
-            if not 0 <= share < 1:
-                raise ValueError(f"plan: sparsity of {name}: {share}, expected 0 <= sparsity < 1")
+            if not 0 <= share <= 1:
+                raise ValueError(f"plan: sparsity of {name}: {share}, expected 0 <= sparsity <= 1")
 
     @staticmethod
     def _check_units(actual: dict, tower: str, kind: str, layer: int, units: list[int]) -> None:

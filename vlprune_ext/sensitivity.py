@@ -7,13 +7,12 @@ Neither writes a weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .anatomy import Anatomy
 from .data import Data
@@ -21,7 +20,7 @@ from .interventions import Intervention, PerturbWeight
 from .matrices import Matrix
 from .objectives import Objective
 from .ops import perturb
-from .patch import evaluation_mode
+from .patch import evaluation_mode, gradients_only_of
 from .replay import Progress, Replay
 
 # Steps along a direction of unit variance. Large enough to survive the rounding of weights of size 0.02 in the dtype.
@@ -172,7 +171,7 @@ def first_order(
             for done, (batch, part) in enumerate(
                 zip(batches, of_outputs.split([len(o) for o in outputs]), strict=True)
             ):
-                with torch.enable_grad(), _only(model, weights):
+                with torch.enable_grad(), gradients_only_of(model, weights):
                     output = objective.outputs(anatomy, tower, batch)
                     slopes = torch.autograd.grad(output, weights, part, allow_unused=True)
                 for sum_, gradient in zip(total, slopes, strict=True):
@@ -184,20 +183,6 @@ def first_order(
                 slope[i] = gradient.mean(dtype=torch.float64).item()
                 weighted[i] = (weight.detach().float().abs() * gradient).sum(dtype=torch.float64).item()
     return Sensitivity(slope, weighted)
-
-
-@contextmanager
-def _only(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Only these parameters need gradients."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    wanted = {id(weight) for weight in weights}
-    for p, _ in flags:
-        p.requires_grad_(id(p) in wanted)
-    try:
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
 
 
 def check_eps(eps: float | None) -> None:

@@ -9,8 +9,8 @@
 namespace vlprune::cpu::VLPRUNE_ISA {
 namespace {
 
-constexpr int64_t kStripe = 2048;
-constexpr int64_t kAhead = 512;  // bytes that are asked for ahead in each of the rows
+constexpr int64_t kStripe = 4096;
+constexpr int64_t kAhead = 1024;  // bytes that are asked for ahead in each of the rows
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -1,10 +1,10 @@
 // weight[i, j] = 0 for the k least keys of row i, ties to the lower index;  key = bits of fp32 |weight| * scale
 //
 // Work is the sequence of rows, dealt out to the threads a few at a time. A row: write the upper halves of its keys to
-// L1 (2 bytes each), find the half T of the k-th key bit by bit, counting how many lie below (15 passes over the
-// halves, kLanes * 2 of them at a time), drop all below T, then find the k-th among the few that share T the same way,
-// by their lower halves. Bytes moved: weight read once and written once; the rest stays in L1 up to 10,000 columns or
-// so.
+// L1 (2 bytes each), find the half T of the k-th key by counting how many lie below this and that (about 6 passes over
+// the halves, around the T of the row before, while the next row is fetched), drop all below T, then find the k-th
+// among the few that share T the same way, by their lower halves. Bytes moved: weight read once and written once; the
+// rest stays in L1 up to 10,000 columns or so.
 #include "cpu/isa.h"
 #include "cpu/keys.h"
 #include "cpu/simd.h"
@@ -58,14 +58,28 @@ struct Place {
   uint16_t value;
   int64_t below;  // how many are less
 };
-Place find(const uint16_t* values, int64_t n, int64_t k, int bits) {
-  Place place{0, 0};
-  for (int bit = bits - 1; bit >= 0; --bit) {
-    const uint16_t candidate = uint16_t(place.value | 1u << bit);
-    const int64_t below = count_below(values, n, candidate);
-    if (below <= k) place = {candidate, below};
+
+// Looks around `guess` first, at twice the distance each time, and bisects what is left. Values lie below `end`.
+// Meanwhile the `bytes` bytes in front of `ahead` are fetched: what the thread wants next.
+Place find(const uint16_t* values, int64_t n, int64_t k, int32_t end, int32_t guess, const char* ahead, int64_t bytes) {
+  int32_t low = 0, step = 4, next = guess;
+  int64_t below_low = 0;
+  const int64_t share = bytes / 4 + 63;
+  bool above = false, under = false;
+  while (end - low > 1) {
+    for (int64_t left = bytes > share ? bytes - share : 0; bytes > left; bytes -= 64, ahead -= 64)
+      __builtin_prefetch(ahead - 64, 1);
+    const int64_t below = count_below(values, n, uint16_t(next));
+    if (below <= k) {
+      low = next, below_low = below, above = true;
+    } else {
+      end = next, under = true;
+    }
+    next = above && !under ? low + step : under && !above ? end - step : 0;
+    step *= 2;
+    if (next <= low || next >= end) next = low + (end - low) / 2;
   }
-  return place;
+  return {uint16_t(low), below_low};
 }
 
 // Where the results go: zeros in the weight, or ones in a mask.
@@ -146,7 +160,7 @@ int64_t find_equal(const uint16_t* values, int64_t n, uint16_t value, uint32_t* 
 }
 
 template <typename T>
-void prune_row(KeyRow<T> row, Target<T> target, int64_t n, int64_t k) {
+void prune_row(KeyRow<T> row, Target<T> target, int64_t n, int64_t k, const T* next_row, int32_t& guess) {
   if (k == 0 || k == n) {
     for (int64_t i = 0; i < n; ++i) {
       if (target.mask != nullptr) target.mask[i] = k == n ? 1 : 0;
@@ -158,13 +172,15 @@ void prune_row(KeyRow<T> row, Target<T> target, int64_t n, int64_t k) {
   uint32_t* const indices = reinterpret_cast<uint32_t*>(scratch()) + (n + 1) / 2;
   uint16_t* const low = reinterpret_cast<uint16_t*>(indices + n);
   load_high_halves(row, n, high);
-  const Place upper = find(high, n, k, 15);
-  int64_t left = k - upper.below;  // to drop among those that share the half
+  const int64_t bytes = next_row == nullptr ? 0 : n * int64_t{sizeof(T)};
+  const Place upper = find(high, n, k, 1 << 15, guess, reinterpret_cast<const char*>(next_row) + bytes, bytes);
+  guess = upper.value > 0 ? upper.value : 1;  // rows of one matrix are much alike
+  int64_t left = k - upper.below;             // to drop among those that share the half
   const int64_t sharing = left > 0 ? find_equal(high, n, upper.value, indices) : 0;
   for (int64_t i = 0; i < sharing; ++i) low[i] = uint16_t(row[indices[i]]);
   target.drop_below(high, n, upper.value);
   if (left == 0) return;
-  const Place lower = find(low, sharing, left, 16);
+  const Place lower = find(low, sharing, left, 1 << 16, 1 << 15, nullptr, 0);
   int64_t ties = left - lower.below;
   for (int64_t i = 0; i < sharing; ++i) {
     if (low[i] < lower.value || (low[i] == lower.value && ties-- > 0)) target.drop(indices[i]);
@@ -193,16 +209,20 @@ void prune_wide_row(KeyRow<T> row, Target<T> target, int64_t n, int64_t k) {
 template <typename T>
 void run(const PruneSmallest& args, int threads) {
   const Keys& keys = args.keys;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < keys.out; ++i) {
-    const KeyRow<T> row{static_cast<const T*>(keys.weight) + i * keys.stride, keys.scale};
-    const Target<T> target{args.mask != nullptr ? nullptr : static_cast<T*>(args.weight) + i * keys.stride,
-                           args.mask != nullptr ? args.mask + i * keys.in : nullptr};
-    const int64_t k = args.k_of_row != nullptr ? args.k_of_row[i] : args.k;
-    if (keys.in <= kWidest - 2) {
-      prune_row(row, target, keys.in, k);
-    } else {
-      prune_wide_row(row, target, keys.in, k);
+#pragma omp parallel num_threads(threads)
+  {
+    int32_t guess = 1 << 14;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < keys.out; ++i) {
+      const KeyRow<T> row{static_cast<const T*>(keys.weight) + i * keys.stride, keys.scale};
+      const Target<T> target{args.mask != nullptr ? nullptr : static_cast<T*>(args.weight) + i * keys.stride,
+                             args.mask != nullptr ? args.mask + i * keys.in : nullptr};
+      const int64_t k = args.k_of_row != nullptr ? args.k_of_row[i] : args.k;
+      if (keys.in <= kWidest - 2) {
+        prune_row(row, target, keys.in, k, i + 1 < keys.out ? row.weight + keys.stride : nullptr, guess);
+      } else {
+        prune_wide_row(row, target, keys.in, k);
+      }
     }
   }
 }

@@ -627,3 +627,23 @@ def test_mixed_devices(op):
         op(torch.ones(3, 4, device="cuda"), torch.ones(4), 1)
     with pytest.raises(ValueError, match=r"column_scale is on cuda:0; expected cpu"):
         op(torch.ones(3, 4), torch.ones(4, device="cuda"), 1)
+
+
+@pytest.mark.parametrize("prune", [lambda w: ops.prune_smallest_(w, None, 2), lambda w: ops.prune_nm_(w, None, 2, 4)])
+def test_rows_that_overlap_are_refused(prune):
+    """What is written in place may lie in no two rows."""
+    memory = torch.randn(40)
+    kept = memory.clone()
+    for overlapping in (memory[:8].expand(3, 8), memory.as_strided((4, 8), (5, 1))):
+        with pytest.raises(ValueError, match=r"weight has rows \d apart and 8 wide; expected no overlap"):
+            prune(overlapping)
+    assert torch.equal(memory, kept)
+
+
+def test_autograd_knows_that_the_weight_changed():
+    x = torch.randn(3, 4, requires_grad=True)
+    weight = torch.randn(5, 4)
+    loss = torch.nn.functional.linear(x, weight).square().sum()
+    ops.prune_smallest_(weight, None, 2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

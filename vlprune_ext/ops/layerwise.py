@@ -121,10 +121,14 @@ def _check_weight(weight: Tensor, column_scale: Tensor | None) -> None:
         raise ValueError(f"weight has shape {shape(weight)}; expected two dimensions [out, in]")
     if weight.shape[0] >= 1 << 31 or weight.shape[1] >= 1 << 30:
         raise ValueError(f"weight has shape {shape(weight)}; expected fewer than 2**31 rows and 2**30 columns")
-    if weight.shape[0] > 1 and weight.stride(1) == 1 and weight.stride(0) < weight.shape[1]:
-        raise ValueError(f"weight has rows {weight.stride(0)} apart and {weight.shape[1]} wide; expected no overlap")
     if column_scale is not None:
         _check_float32("column_scale", column_scale, weight, weight.shape[1], "in, the columns of weight")
+
+
+def _check_no_overlap(weight: Tensor) -> None:
+    """What is written in place may lie in no two rows."""
+    if weight.shape[0] > 1 and weight.stride(1) == 1 and weight.stride(0) < weight.shape[1]:
+        raise ValueError(f"weight has rows {weight.stride(0)} apart and {weight.shape[1]} wide; expected no overlap")
 
 
 def _check_smallest(weight: Tensor, column_scale: Tensor | None, k: int, scope: str) -> None:
@@ -155,6 +159,7 @@ def _select(weight: Tensor, column_scale: Tensor | None, mask: Tensor | None, k:
 
 def _prune_smallest(weight: Tensor, column_scale: Tensor | None, k: int, scope: str) -> None:
     _check_smallest(weight, column_scale, k, scope)
+    _check_no_overlap(weight)
     if k > 0:
         _select(weight, column_scale, None, k, scope)
 
@@ -317,6 +322,7 @@ def _mask_of_nm(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> 
 
 def _prune_nm(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> None:
     _check_nm(weight, column_scale, n, m)
+    _check_no_overlap(weight)
     compact = rows(weight)
     _native.prune_nm(compact, None if column_scale is None else column_scale.contiguous(), None, n, m)
     if compact is not weight:
