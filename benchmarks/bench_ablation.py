@@ -203,14 +203,16 @@ def test_scoring_a_tower(device, stopwatch, record):
     )
 
 
-@pytest.mark.parametrize("pairs", [1000, 4000])
-def test_early_stopping(pairs, stopwatch, record):
+@pytest.mark.parametrize(("pairs", "scope"), [(1000, "tower"), (1000, "kind"), (4000, "kind")])
+def test_early_stopping(pairs, scope, stopwatch, record):
     """`exact=False` on clip-digits: block runs saved, and how much of the removal set is the exact one."""
     model = CLIPModel.from_pretrained(zoo.path("clip-digits")).eval()
     data = load_data("digits", split="calibration", model=model, limit=pairs)
     removed, runs, seconds = {}, {}, {}
     for exact in (True, False):
-        method = MoPE(exact=exact, steps=1, keep_heads=0.5, keep_neurons=0.5, batch_size=50, stacked_rows=100)
+        method = MoPE(
+            exact=exact, scope=scope, steps=1, keep_heads=0.5, keep_neurons=0.5, batch_size=50, stacked_rows=100
+        )
         plans = []
         seconds[exact] = stopwatch(lambda method=method, plans=plans: plans.append(method.plan(model, data)))
         removed[exact] = {
@@ -224,7 +226,7 @@ def test_early_stopping(pairs, stopwatch, record):
     overlap = len(removed[True] & removed[False]) / len(removed[True])
     record(
         "early stopping",
-        f"clip-digits, both towers, {len(method.scores)} modules, {data.n_images} pairs",
+        f"clip-digits, both towers, scope {scope}, {len(method.scores)} modules, {data.n_images} pairs",
         dtype="float32",
         **{"ms": seconds[False] * 1e3, "baseline": "exact scores", "baseline ms": seconds[True] * 1e3},
         ratio=seconds[True] / seconds[False],
