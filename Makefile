@@ -21,6 +21,8 @@ else
   ENV_STAMP := $(VENV)/.env-stamp
   INTERPRETER := $(abspath $(PY))
   INSTALL   := -c constraints.txt -e ".[dev]"
+  # A worker for each core; what needs much memory stays on one. pytest-benchmark warns of workers and is not used here.
+  WORKERS   := -n $(CMAKE_BUILD_PARALLEL_LEVEL) --dist loadgroup -p no:benchmark
 endif
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
@@ -52,7 +54,7 @@ demo: build
 	$(PY) -m vlprune_ext demo
 
 test: build
-	$(PY) -m pytest
+	$(PY) -m pytest $(WORKERS)
 
 bench: build
 	$(PY) -m pytest benchmarks -o "python_files=bench_*.py" -o "filterwarnings=default" --bench-out benchmarks/results

@@ -28,8 +28,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def _repeatable(request: pytest.FixtureRequest):
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    if request.path.parent.name != "ops":
-        torch.set_num_threads(1)  # tiny models gain nothing from threads, and wait for them on a busy machine
+    torch.set_num_threads(1)  # tiny sizes gain nothing from threads; tests that are about them set their number
     yield
     torch.set_num_threads(threads)
 
@@ -59,7 +58,11 @@ def _gpu_missing() -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):  # one at a time
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.xdist_group("large"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _gpu_missing() if marked else None
     if reason is not None:
