@@ -2,9 +2,11 @@
 
     python scripts/study_ecoflap.py --out results.jsonl [--models clip-digits llava-digits] [--seeds 0 1 2 3 4]
     python scripts/study_ecoflap.py --out results.jsonl --table
+    python scripts/study_ecoflap.py --out cost.jsonl --cost zeroth-order --models llava-digits
 
 Each seed draws its own calibration scenes. Every result is one line of JSON, written as soon as it is known; what is
-there already is not computed again, so that the study can be stopped, resumed and run in parts.
+there already is not computed again, so that the study can be stopped, resumed and run in parts. Settings are chosen by
+the accuracy on validation scenes (--choose); the tables hold that on test scenes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,65 +32,148 @@ EVALUATED = 1000
 # model -> data, what is measured
 TASKS = {"clip-digits": ("digits", "recall@1"), "llava-digits": ("digits-questions", "exact_match")}
 
+FIRST, ZEROTH = {"estimator": "first-order"}, {"estimator": "zeroth-order"}
+# Name -> fields of `vp.ECoFLaP`; "samples": calibration scenes that are scored; "above": max_sparsity - sparsity.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "magnitude, uniform": {"estimator": "uniform", "criterion": "magnitude"},
+    "magnitude, global": {"estimator": "magnitude", "criterion": "magnitude", "scope": "matrix"},
+    "Wanda, uniform": {"estimator": "uniform"},
+    "Wanda, uniform, DSnoT": {"estimator": "uniform", "dsnot": 50},
+    "RIA, uniform": {"estimator": "uniform", "criterion": "ria"},
+    "SparseGPT, uniform": {"estimator": "uniform", "criterion": "sparsegpt"},
+    "Wanda, OWL": {"estimator": "outliers"},
+    "ECoFLaP, first order": FIRST,
+    "ECoFLaP, zeroth order": ZEROTH,
+    "ECoFLaP, zeroth order, by tower": {**ZEROTH, "per_tower": True},
+    "ECoFLaP, first order, SparseGPT": {**FIRST, "criterion": "sparsegpt"},
+    "ECoFLaP, zeroth order, SparseGPT": {**ZEROTH, "criterion": "sparsegpt"},
+}
+# What the defaults were chosen among, on validation.
+CHOICES: dict[str, dict[str, Any]] = {
+    **{
+        f"zeroth order, {draws} x {samples}": {**ZEROTH, "draws": draws, "samples": samples}
+        for draws, samples in ((1, 32), (1, 64), (4, 64), (1, 256), (4, 256))
+    },
+    "zeroth order, 4 x 64, one loss of all": {**ZEROTH, "draws": 4, "samples": 64, "samples_per_loss": None},
+    "zeroth order, 4 x 64, by |W|": {**ZEROTH, "draws": 4, "samples": 64, "importance": "weighted"},
+    "zeroth order, 4 x 64, by matrix": {**ZEROTH, "draws": 4, "samples": 64, "granularity": "layer"},
+    "zeroth order, 4 x 64, avg": {**ZEROTH, "draws": 4, "samples": 64, "aggregate": "avg"},
+    **{
+        f"zeroth order, 4 x 64, + {above}": {**ZEROTH, "draws": 4, "samples": 64, "above": above}
+        for above in (0.05, 0.15, 0.2, 0.3)
+    },
+    "first order": FIRST,
+    "first order, 64": {**FIRST, "samples": 64},
+    **{f"first order, + {above}": {**FIRST, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
+    "first order, by matrix": {**FIRST, "granularity": "layer"},
+    "first order, avg": {**FIRST, "aggregate": "avg"},
+}
+SCORED = ("estimator", "importance", "draws", "samples", "samples_per_loss")  # what scores depend on
 
-def variants() -> dict[str, dict[str, Any]]:
-    """Name -> fields of `vp.ECoFLaP`."""
-    return {
-        "magnitude, uniform": {"estimator": "uniform", "criterion": "magnitude"},
-        "Wanda, uniform": {"estimator": "uniform"},
-        "RIA, uniform": {"estimator": "uniform", "criterion": "ria"},
-        "SparseGPT, uniform": {"estimator": "uniform", "criterion": "sparsegpt"},
-        "Wanda, OWL": {"estimator": "outliers"},
-        "ECoFLaP, first order": {"estimator": "first-order"},
-        "ECoFLaP, zeroth order": {},
-        "ECoFLaP, first order, + 0.2": {"estimator": "first-order", "above": 0.2},
-        "ECoFLaP, zeroth order, + 0.2": {"above": 0.2},
-        "ECoFLaP, zeroth order, 1 draw": {"draws": 1},
-        "ECoFLaP, zeroth order, one loss of all samples": {"samples_per_loss": None},
-        "SparseGPT, first order": {"estimator": "first-order", "criterion": "sparsegpt"},
-    }
+
+class Task:
+    """One model, its splits, and scores that several sparsities share."""
+
+    def __init__(self, name: str, splits: tuple[str, ...]) -> None:
+        self.source, self.objective = TASKS[name]
+        self.model = load_model(name).model
+        self.splits = {split: self.data(split, EVALUATED) for split in splits}
+        self.scores: dict[tuple, tuple[vp.Scores, float]] = {}
+
+    def data(self, split: str, limit: int, seed: int = 0) -> vp.Data:
+        return vp.load_data(self.source, split, model=self.model, limit=limit, seed=seed)
+
+    def measure(self, model: torch.nn.Module) -> dict[str, float]:
+        return {
+            split: vp.evaluate(model, data, self.objective, batch_size=100)[self.objective]
+            for split, data in self.splits.items()
+        }
+
+    def scores_of(self, method: vp.ECoFLaP, samples: int, key: tuple, seed: int) -> tuple[vp.Scores | None, float]:
+        """Scores and the seconds they took; for estimators that measure nothing, None."""
+        if method.estimator in ("uniform", "magnitude"):
+            return None, 0.0
+        if key not in self.scores:
+            start = time.perf_counter()
+            scores = method.score(self.model, self.data("calibration", samples, seed))
+            self.scores[key] = scores, time.perf_counter() - start
+        return self.scores[key]
+
+    def run(self, fields: dict[str, Any], sparsity: float | str, seed: int) -> dict[str, Any]:
+        """Accuracy on each split of one variant at one sparsity, and the seconds of its two stages."""
+        fields = dict(fields)
+        key = (seed, *(fields.get(name) for name in SCORED))
+        above, samples = fields.pop("above", None), fields.pop("samples", SAMPLES)
+        if isinstance(sparsity, str):
+            fields["pattern"] = sparsity
+        else:
+            fields["sparsity"] = sparsity
+            if above is not None:
+                fields["max_sparsity"] = min(1.0, sparsity + above)
+        method, calibration = vp.ECoFLaP(**fields), self.data("calibration", SAMPLES, seed)
+        scores, seconds = self.scores_of(method, samples, key, seed)
+        pruned = copy.deepcopy(self.model)
+        plan = method.plan(pruned, calibration, scores=scores)
+        start = time.perf_counter()
+        vp.apply(pruned, plan, calibration)
+        times = {"score_seconds": round(seconds, 1), "apply_seconds": round(time.perf_counter() - start, 1)}
+        return {**self.measure(pruned), **times}
 
 
-def run(model: torch.nn.Module, name: str, sparsity: float | str, calibration, splits, objective: str) -> dict:
-    """One variant at one sparsity: seconds to plan and apply, and what is left on each split."""
-    fields = variants()[name]
-    above = fields.pop("above", 0.1)
-    if isinstance(sparsity, str):
-        fields["pattern"] = sparsity
-    else:
-        fields |= {"sparsity": sparsity, "max_sparsity": min(1.0, sparsity + above)}
-    pruned = copy.deepcopy(model)
-    method = vp.ECoFLaP(**fields)
-    start = time.perf_counter()
-    plan = method.plan(pruned, calibration)
-    planned = time.perf_counter()
-    vp.apply(pruned, plan, calibration)
-    seconds = {"plan_seconds": round(planned - start, 1), "apply_seconds": round(time.perf_counter() - planned, 1)}
-    found = {split: vp.evaluate(pruned, data, objective, batch_size=100)[objective] for split, data in splits.items()}
-    return {**found, **seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-
-
-def key(row: dict) -> tuple:
-    return row["model"], row["variant"], row["sparsity"], row["seed"]
+def cells(variants: dict[str, dict], names: list[str] | None, seeds: list[int]) -> Iterator[tuple[str, Any, int]]:
+    """(variant, sparsity, seed), dense first."""
+    yield "dense", 0.0, 0
+    for seed in seeds:
+        for name in names or variants:
+            for sparsity in SPARSITIES:
+                fixed = variants[name]["estimator"] == "uniform"
+                if fixed or sparsity != "2:4":  # a pattern fixes every sparsity, whatever spreads it
+                    yield name, sparsity, seed
 
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(rows: list[dict], model: str) -> str:
-    """Test accuracy, mean and standard deviation over seeds, in Markdown."""
-    rows = [row for row in rows if row["model"] == model]
+def append(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
+
+
+def key(row: dict) -> tuple:
+    return row["model"], row["variant"], row["sparsity"], row["seed"]
+
+
+def table(rows: list[dict], model: str, split: str) -> str:
+    """Accuracy, mean and standard deviation over seeds, in Markdown."""
+    rows = [row for row in rows if row["model"] == model and split in row]
     lines = ["| method | seeds | " + " | ".join(map(str, SPARSITIES)) + " |", "|---|---|" + "---|" * len(SPARSITIES)]
     for name in dict.fromkeys(row["variant"] for row in rows):
         cells = []
         for sparsity in SPARSITIES:
-            values = [row["test"] for row in rows if row["variant"] == name and row["sparsity"] == sparsity]
+            values = [row[split] for row in rows if row["variant"] == name and row["sparsity"] == sparsity]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
         seeds = len({row["seed"] for row in rows if row["variant"] == name})
         lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cost(name: str, estimator: str) -> dict[str, Any]:
+    """Seconds and peak memory (of the process, beyond the loaded model and data) of one coarse stage."""
+    task = Task(name, ())
+    data = task.data("calibration", SAMPLES)
+    method = vp.ECoFLaP(estimator=estimator)
+    vp.ECoFLaP(estimator="uniform").plan(task.model, data)  # what is loaded on first use
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    scores = method.score(task.model, data)
+    seconds = time.perf_counter() - start
+    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"model": name, "estimator": estimator, "samples": SAMPLES, "matrices": len(scores),
+            "batch_size": method.batch_size, "draws": method.draws,
+            "seconds": round(seconds, 1), "extra_mb": round(extra)}  # fmt: skip
 
 
 def main() -> None:
@@ -97,38 +183,27 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--choose", action="store_true", help="what the defaults were chosen among, on validation")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there and stop")
+    parser.add_argument("--cost", metavar="ESTIMATOR", help="time and memory of one coarse stage, in this process")
     given = parser.parse_args()
+    variants, split = (CHOICES, "validation") if given.choose else (VARIANTS, "test")
     rows = read(given.out)
     if given.table:
         for name in given.models:
-            print(f"{name}\n\n{table(rows, name)}\n")
+            print(f"{name}\n\n{table(rows, name, split)}\n")
+        return
+    if given.cost:
+        append(given.out, cost(given.models[0], given.cost))
         return
     done = {key(row) for row in rows}
     for name in given.models:
-        source, objective = TASKS[name]
-        loaded = load_model(name)
-        splits = {
-            split: vp.load_data(source, split, model=loaded.model, limit=EVALUATED) for split in ("validation", "test")
-        }
-        dense = {
-            split: vp.evaluate(loaded.model, data, objective, batch_size=100)[objective]
-            for split, data in splits.items()
-        }
-        wanted = given.only or list(variants())
-        cells = [("dense", 0.0, 0)] + [(v, s, seed) for seed in given.seeds for v in wanted for s in SPARSITIES]
-        for variant, sparsity, seed in cells:
+        task = Task(name, ("validation",) if given.choose else ("validation", "test"))
+        for variant, sparsity, seed in cells(variants, given.only, given.seeds):
             row = {"model": name, "variant": variant, "sparsity": sparsity, "seed": seed}
-            if key(row) in done or (sparsity == "2:4" and variants().get(variant, {}).get("estimator") != "uniform"):
-                continue  # a pattern fixes every sparsity, whatever spreads it
-            if variant == "dense":
-                row |= dense
-            else:
-                calibration = vp.load_data(source, "calibration", model=loaded.model, limit=SAMPLES, seed=seed)
-                row |= run(loaded.model, variant, sparsity, calibration, splits, objective)
-            with given.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(row, flush=True)
+            if key(row) not in done:
+                found = task.measure(task.model) if variant == "dense" else task.run(variants[variant], sparsity, seed)
+                append(given.out, {**row, **found})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlprune_ext.criteria import CRITERIA, Inputs, Pattern, prune_matrix, relative_importance
+from vlprune_ext.criteria import CRITERIA, Inputs, Pattern, exchange, prune_matrix, relative_importance
 
 PATTERNS = {"unstructured": Pattern(), "2:4": Pattern(2, 4), "1:8": Pattern(1, 8), "3:5": Pattern(3, 5)}
 
@@ -251,3 +251,100 @@ def test_reading_patterns(text, expected):
 def test_patterns_that_are_none(text):
     with pytest.raises(ValueError, match="expected 'unstructured' or 'n:m' with 0 < n < m"):
         Pattern.parse(text)
+
+
+# --- DSnoT -----------------------------------------------------------------------------------------------------------
+
+
+def sums_of(x, weight=None) -> Inputs:
+    inputs = Inputs(x.shape[-1], x.device, sums=True)
+    for part in range(0, len(x), 64):
+        inputs.add(x[part : part + 64], None if weight is None else weight[part : part + 64])
+    return inputs
+
+
+def one_row(dense, gone, x, cycles, group):
+    """Exchanges of one row in plain Python: the mask of what is gone."""
+    x, dense = x.double(), dense.double()
+    share, variance = (dense * x.mean(0)).tolist(), x.var(0, correction=0).tolist()
+    cost = (dense.abs() * x.square().mean(0).sqrt()).tolist()
+    gone = list(gone)
+    for _ in range(cycles):
+        error = sum(s for s, g in zip(share, gone, strict=True) if g)
+        sign = 1 if error > 0 else -1
+        grow = max((j for j, g in enumerate(gone) if g and sign * share[j] > 0), default=None,
+                   key=lambda j, sign=sign: sign * share[j] / variance[j])  # fmt: skip
+        give = min((j for j, g in enumerate(gone) if not g and sign * share[j] < 0 and grow is not None
+                    and j // group == grow // group), default=None, key=lambda j: cost[j])  # fmt: skip
+        if grow is None or give is None or abs(error - share[grow] + share[give]) >= abs(error):
+            break
+        gone[grow], gone[give] = False, True
+    return gone
+
+
+def shifted(seed: int):
+    weight, x = case(seed)
+    return weight, x + torch.linspace(-1, 1, x.shape[1])  # inputs that have a mean
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("criterion", ["wanda", "magnitude", "ria"])
+def test_exchanges_are_those_of_one_row_at_a_time(criterion, pattern):
+    weight, x = shifted(31)
+    parsed = PATTERNS[pattern]
+    before = run(weight, x, 0.6, pattern, criterion=criterion)
+    for cycles in (1, 5, 50):
+        after = before.clone()
+        exchange(after, weight, sums_of(x), cycles, parsed)
+        expected = [
+            one_row(dense, row == 0, x, cycles, parsed.m if parsed.n else len(row))
+            for dense, row in zip(weight, before, strict=True)
+        ]
+        assert torch.equal(after, weight.masked_fill(torch.tensor(expected), 0))
+        whole = weight.clone()
+        prune_matrix(whole, sums_of(x), 0.6, criterion=criterion, pattern=parsed, scope="row", dsnot=cycles)
+        assert torch.equal(whole, after)
+        assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_exchanges_keep_the_count_and_bring_the_mean_output_nearer(scope):
+    weight, x = shifted(32)
+    before = run(weight, x, 0.6, scope=scope)
+    after = before.clone()
+    exchange(after, weight, sums_of(x), 50)
+    assert torch.equal((after == 0).sum(1), (before == 0).sum(1))
+    off = [((weight - pruned) @ x.mean(0)).abs() for pruned in (before, after)]
+    assert (off[1] <= off[0] + 1e-6).all()
+    assert off[1].mean() < 0.3 * off[0].mean()
+
+
+def test_padding_has_no_mean():
+    _, x = shifted(33)
+    keep = torch.rand(len(x)) < 0.6
+    some, those = sums_of(x, keep), sums_of(x[keep])
+    torch.testing.assert_close(some.mean, those.mean)
+    torch.testing.assert_close(some.mean, x[keep].mean(0))
+    torch.testing.assert_close(some.variance, x[keep].var(0, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_no_exchange_where_nothing_is_gained():
+    """Nothing pruned; everything pruned; inputs of mean zero; columns that are never used."""
+    weight, x = shifted(34)
+    for pruned in (weight, torch.zeros_like(weight)):
+        after = pruned.clone()
+        exchange(after, weight, sums_of(x), 9)
+        assert torch.equal(after, pruned)
+    before = run(weight, x, 0.5)
+    after = before.clone()
+    exchange(after, weight, sums_of(torch.zeros_like(x)), 9)
+    assert torch.equal(after, before)
+
+
+def test_exchanges_need_what_they_look_at():
+    weight, x = shifted(35)
+    fields = {"pattern": Pattern(), "scope": "row", "dsnot": 3}
+    with pytest.raises(ValueError, match="inputs: None, but criterion 'magnitude' with dsnot=3"):
+        prune_matrix(weight.clone(), None, 0.5, criterion="magnitude", **fields)
+    with pytest.raises(ValueError, match="inputs: the sums of columns were not kept"):
+        prune_matrix(weight.clone(), inputs_of(x), 0.5, criterion="wanda", **fields)

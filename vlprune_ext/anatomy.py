@@ -15,7 +15,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-KINDS = ("head", "cross_head", "neurons", "layer")
+KINDS = ("head", "cross_head", "neurons", "layer")  # what can be removed
+MATRIX = "matrix"  # what can be made sparse
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------

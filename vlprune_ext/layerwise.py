@@ -29,6 +29,7 @@ class Selection:
     scope       "row": the same share of every row; "matrix": of the matrix as a whole. None: rows, but matrices in the
                 vision tower of a model that generates (the published choices). SparseGPT has its own: 128 columns
     damping     SparseGPT's, as a share of the mean diagonal of X^T X
+    dsnot       how many weights of each row DSnoT may exchange for pruned ones (arXiv 2310.08915; there, 50)
     batch_size  calibration rows run at once
     objective   name of the objective whose data runs through the model
     """
@@ -37,11 +38,12 @@ class Selection:
     pattern: str = "unstructured"
     scope: str | None = None
     damping: float = 0.01
+    dsnot: int = 0
     batch_size: int = 32
     objective: str | None = None
 
     def __post_init__(self) -> None:
-        check_criterion(self.criterion, self.scope)
+        check_criterion(self.criterion, self.scope, self.dsnot)
         Pattern.parse(self.pattern)
         if not 0 < self.damping < 1:
             raise ValueError(f"damping: {self.damping}, expected a share in (0, 1)")
@@ -107,6 +109,7 @@ def walk_inputs(
     *,
     batch_size: int,
     gram: bool = False,
+    sums: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[tuple[list[Matrix], Callable[[Matrix], Inputs]]]:
     """Yield the matrices of each block and what entered them, tower by tower in the order in which towers run.
@@ -124,7 +127,7 @@ def walk_inputs(
         )
         for layer in range(max(layers) + 1):
             if layer in layers:
-                collector = _Collector(anatomy, name, layers[layer], gram)
+                collector = _Collector(anatomy, name, layers[layer], {"gram": gram, "sums": sums})
                 with Patches() as patches:
                     collector.watch(patches)
                     replay.run_block(layer, advance=False, each=collector.next_batch)
@@ -138,8 +141,8 @@ def walk_inputs(
 class _Collector:
     """Statistics of the inputs of a block's matrices."""
 
-    def __init__(self, anatomy: Anatomy, tower: str, of: Sequence[Matrix], gram: bool) -> None:
-        self.anatomy, self.tower, self.matrices, self.gram = anatomy, tower, of, gram
+    def __init__(self, anatomy: Anatomy, tower: str, of: Sequence[Matrix], kept: dict[str, bool]) -> None:
+        self.anatomy, self.tower, self.matrices, self.kept = anatomy, tower, of, kept
         self.stats: dict[str, Inputs] = {}
         self.shared: dict[str, str] = {}  # name of a matrix -> the first that read the same tensor
         self.inputs: dict[str, Tensor] = {}
@@ -163,7 +166,7 @@ class _Collector:
             return
         self.current.append((matrix.name, x))
         if matrix.name not in self.stats:
-            self.stats[matrix.name] = Inputs(x.shape[-1], x.device, gram=self.gram)
+            self.stats[matrix.name] = Inputs(x.shape[-1], x.device, **self.kept)
         self.stats[matrix.name].add(x, self._token_weight(module, x))
 
     def _token_weight(self, module: nn.Linear, x: Tensor) -> Tensor | None:
@@ -208,6 +211,7 @@ def prune_layerwise(
         chosen,
         batch_size=selection.batch_size,
         gram=selection.criterion == "sparsegpt",
+        sums=selection.dsnot > 0,
         progress=progress,
     )
     for of_block, inputs in walk:
@@ -220,6 +224,7 @@ def prune_layerwise(
                 pattern=pattern,
                 scope=selection.scope_of(anatomy, matrix.tower),
                 damping=selection.damping,
+                dsnot=selection.dsnot,
             )
 
 

@@ -25,9 +25,9 @@ class Module(NamedTuple):
     """One removable part of a model: a head, a group of neurons, a whole layer."""
 
     tower: str
-    kind: str  # one of anatomy.KINDS
+    kind: str  # one of anatomy.KINDS, or anatomy.MATRIX
     layer: int
-    index: int = 0  # type: ignore[assignment]  # head or group; 0 for a layer. Hides the tuple's own `index`
+    index: int = 0  # type: ignore[assignment]  # head, group or matrix; 0 for a layer. Hides the tuple's own `index`
 
     def __str__(self) -> str:
         layer = f"{self.tower}.{self.layer}"
@@ -65,12 +65,14 @@ def _read_json(path: str | os.PathLike, kind: str) -> dict:
 class Scores:
     """How much an objective drops without each module: ``value = Z(f) - Z(f without module)``.
 
+    Or, where `parameters` names weight matrices, how much it depends on each, in the unit of the method that measured.
+
     modules   list[Module]    what was scored, in order
     value     [M] float64     mean drop; higher = more important; negative = the model is better without it
     error     [M] float64     standard error of the mean, from paired per-sample differences
     count     [M] int64       samples each module was judged on
     samples   [M, S] float32  the paired differences themselves; NaN where a sample was skipped; None after loading
-    cost      [M] float64     parameters that go with the module
+    cost      [M] float64     parameters that go with the module; of a matrix, its entries
     """
 
     modules: list[Module]
@@ -81,6 +83,7 @@ class Scores:
     objective: str = ""
     dense: float = math.nan  # the objective of the model that was scored
     neurons: dict[str, dict[int, list[list[int]]]] = field(default_factory=dict)  # tower -> layer -> group -> neurons
+    parameters: list[str] = field(default_factory=list)  # [M] names in the model, where matrices were scored
     samples: Tensor | None = None
     block_runs: int = 0
     data: dict = field(default_factory=dict)  # name, split, hash
@@ -133,7 +136,8 @@ class Scores:
     def _rows(self) -> Iterator[dict]:
         for i, module in enumerate(self.modules):
             numbers = {name: getattr(self, name)[i].item() for name in ("value", "error", "count", "cost")}
-            yield {**module._asdict(), **numbers}
+            names = {"parameter": self.parameters[i]} if self.parameters else {}
+            yield {**module._asdict(), **numbers, **names}
 
     def to_json(self) -> str:
         head = {
@@ -151,7 +155,7 @@ class Scores:
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON, or CSV when the name ends in .csv."""
         if str(path).endswith(".csv"):
-            lines = ["tower,kind,layer,index,value,error,count,cost"]
+            lines = ["tower,kind,layer,index,value,error,count,cost" + (",parameter" if self.parameters else "")]
             lines += [",".join(map(str, row.values())) for row in self._rows()]
             write_text(path, "\n".join(lines) + "\n")
         else:
@@ -182,6 +186,7 @@ class Scores:
             objective=content.get("objective", ""),
             dense=content.get("dense", math.nan),
             neurons={t: {int(k): v for k, v in layers.items()} for t, layers in content.get("neurons", {}).items()},
+            parameters=[r["parameter"] for r in rows if r.get("parameter")],
             block_runs=content.get("block_runs", 0),
             data=content.get("data", {}),
         )

@@ -34,11 +34,13 @@ class Sensitivity:
     slope       [M] float64  zeroth order: mean |L(W + eps z) - L(W - eps z)| / (2 eps), about 0.8 of the norm of the
                              gradient; first order: mean |dL/dW| over the entries
     weighted    [M] float64  first order: sum |W| |dL/dW|; zeroth order: sum |W| times the slope
+    spread      [M] float64  standard error of the slope over directions, as a share of it; NaN where it is not known
     block_runs  of replay; 0 for first order
     """
 
     slope: Tensor
     weighted: Tensor
+    spread: Tensor
     block_runs: int = 0
 
 
@@ -99,7 +101,9 @@ def zeroth_order(
                 slope[i, draw] = difference.item() / distance
         block_runs += replay.block_runs
     size = torch.tensor([matrix.weight.abs().sum(dtype=torch.float64).item() for matrix in chosen], dtype=torch.float64)
-    return Sensitivity(slope.mean(1), size * slope.mean(1), block_runs)
+    mean = slope.mean(1)
+    spread = slope.std(1) / math.sqrt(draws) / mean if draws > 1 else torch.full_like(mean, math.nan)
+    return Sensitivity(mean, size * mean, spread, block_runs)
 
 
 def perturbation(
@@ -182,7 +186,7 @@ def first_order(
             for i, weight, gradient in zip(positions, weights, total, strict=True):
                 slope[i] = gradient.mean(dtype=torch.float64).item()
                 weighted[i] = (weight.detach().float().abs() * gradient).sum(dtype=torch.float64).item()
-    return Sensitivity(slope, weighted)
+    return Sensitivity(slope, weighted, torch.full_like(slope, math.nan))
 
 
 def check_eps(eps: float | None) -> None:

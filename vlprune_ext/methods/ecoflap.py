@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..allocation import allocate, keep_count, round_shares
-from ..anatomy import Anatomy, describe
+from ..anatomy import MATRIX, Anatomy, describe
 from ..criteria import Pattern
 from ..data import Data
 from ..layerwise import Selection, check_finite, check_weights, used_matrices, walk_inputs
 from ..matrices import Matrix
 from ..objectives import OBJECTIVES, Objective, objective_named
-from ..plan import Plan, Scores
+from ..ops import share_smallest
+from ..plan import Module, Plan, Scores
 from ..replay import Progress
-from ..sensitivity import Sensitivity, check_eps, first_order, zeroth_order
+from ..sensitivity import check_eps, first_order, zeroth_order
 
-ESTIMATORS = ("zeroth-order", "first-order", "outliers", "uniform")
+ESTIMATORS = ("zeroth-order", "first-order", "outliers", "magnitude", "uniform")
 GRANULARITIES = ("layer", "block", "model")
 IMPORTANCES = ("norm", "weighted", "squared")
 
@@ -30,8 +31,9 @@ class ECoFLaP:
     """Coarse: how sparse each matrix becomes, from its global importance. Fine: which of its weights go.
 
     sparsity          share of all prunable weights that become zero, in [0, 1)
-    estimator         where importance comes from: "zeroth-order" (random directions, no gradients), "first-order" (one
-                      gradient), "outliers" (OWL, arXiv 2310.05175), or "uniform": every matrix the same
+    estimator         where sparsities come from: "zeroth-order" (random directions, no gradients), "first-order" (one
+                      gradient), "outliers" (OWL, arXiv 2310.05175), "magnitude" (how many of the smallest weights of
+                      the whole model lie in a matrix), or "uniform": every matrix the same
     importance        of a matrix with slope s: "norm": s, the released choice for zeroth order; "weighted": sum |W| s,
                       with s of each weight under first order; "squared": sum W^2 s^2. None: the released choice
     granularity       what shares one sparsity: "layer" (a matrix), "block", "model" (a tower)
@@ -42,7 +44,7 @@ class ECoFLaP:
     realised          divide by the distance that the rounded weights lie apart
     samples_per_loss  samples averaged before the absolute value of a loss difference is taken; None: all
     outlier_factor, outlier_range  OWL's M and lambda
-    criterion, pattern, scope, damping  the fine stage: `layerwise.Selection`. An n:m pattern fixes every sparsity
+    criterion, pattern, scope, damping, dsnot  the fine stage: `layerwise.Selection`. A pattern fixes every sparsity
     towers            to prune; None for all that the objective sees
     objective         the loss; None: what suits the model
     batch_size        calibration rows run at once
@@ -66,11 +68,11 @@ class ECoFLaP:
     pattern: str = "unstructured"
     scope: str | None = None
     damping: float = 0.01
+    dsnot: int = 0
     towers: Sequence[str] | None = None
     objective: str | Objective | None = None
     batch_size: int = 32
     scores: Scores | None = field(default=None, init=False, repr=False, compare=False)
-    sensitivity: Sensitivity | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -103,7 +105,7 @@ class ECoFLaP:
 
     def describe(self) -> dict:
         """The method's name and fields, as plain data."""
-        fields = {k: v for k, v in asdict(self).items() if k not in ("scores", "sensitivity")}
+        fields = {k: v for k, v in asdict(self).items() if k != "scores"}
         if isinstance(self.objective, Objective):
             fields["objective"] = self.objective.name
         if fields["towers"] is not None:
@@ -113,14 +115,53 @@ class ECoFLaP:
     def _selection(self, objective: str) -> Selection:
         # One that has no name of its own, such as recall at other ranks, leaves the data to the model's.
         named = objective if objective in OBJECTIVES else None
-        return Selection(self.criterion, self.pattern, self.scope, self.damping, self.batch_size, named)
+        return Selection(self.criterion, self.pattern, self.scope, self.damping, self.dsnot, self.batch_size, named)
 
-    def plan(self, model: nn.Module, data: Data, *, progress: Progress | None = None) -> Plan:
-        """A sparsity for every matrix. No weight is written.
+    def plan(
+        self, model: nn.Module, data: Data, *, scores: Scores | None = None, progress: Progress | None = None
+    ) -> Plan:
+        """A sparsity for every matrix. No weight is written; `scores` keeps what was measured.
+
+        scores  what `score` gave before, for instance for another sparsity; None measures
 
         Raises ValueError for towers the objective does not see or that have no prunable weights, weights or losses that
-        are not finite, and widths that the pattern does not divide.
+        are not finite, widths that the pattern does not divide, and scores of other matrices.
         """
+        anatomy, objective, chosen = self._task(model, data)
+        self.scores = None
+        pattern = Pattern.parse(self.pattern)
+        if pattern.n:
+            sparsity = [pattern.n / pattern.m] * len(chosen)
+        elif self.estimator == "uniform":
+            sparsity = [self.sparsity] * len(chosen)
+        elif self.estimator == "magnitude":
+            sparsity = self._of_the_smallest(chosen)
+        else:
+            self.scores = scores or self._score(anatomy, objective, chosen, data, progress)
+            if self.scores.parameters != [matrix.name for matrix in chosen]:
+                raise ValueError(
+                    f"scores: of {len(self.scores.parameters)} matrices, expected those of the {len(chosen)} that "
+                    f"objective {objective.name!r} uses"
+                )
+            sparsity = self._shares(chosen, self.scores.value.tolist())
+        return Plan(
+            anatomy.shape(),
+            sparsity={matrix.name: share for matrix, share in zip(chosen, sparsity, strict=True)},
+            selection=asdict(self._selection(objective.name)),
+            method={**self.describe(), "objective": objective.name},
+        )
+
+    def score(self, model: nn.Module, data: Data, *, progress: Progress | None = None) -> Scores:
+        """The importance of every matrix; it does not depend on the sparsity. No weight is written.
+
+        Raises ValueError as `plan`, and for an estimator that measures nothing.
+        """
+        if self.estimator in ("uniform", "magnitude"):
+            raise ValueError(f"estimator: {self.estimator!r} has no scores")
+        return self._score(*self._task(model, data), data, progress)
+
+    def _task(self, model: nn.Module, data: Data) -> tuple[Anatomy, Objective, list[Matrix]]:
+        """What is looked at: checked."""
         anatomy = describe(model)
         objective = objective_named(self.objective, anatomy)
         for tower in self.towers or ():
@@ -128,27 +169,7 @@ class ECoFLaP:
                 raise ValueError(f"towers: {tower!r}, expected some of {', '.join(objective.towers(anatomy))}")
         chosen = used_matrices(anatomy, objective, data, self.towers)
         check_weights(chosen, self.pattern)
-        pattern = Pattern.parse(self.pattern)
-        self.sensitivity = None
-        if pattern.n:
-            sparsity = [pattern.n / pattern.m] * len(chosen)
-        elif self.estimator == "uniform":
-            sparsity = [self.sparsity] * len(chosen)
-        else:
-            groups = self._groups(chosen)
-            sizes = [sum(chosen[i].weight.numel() for i in members) for members in groups]
-            measure = self._outliers if self.estimator == "outliers" else self._importance
-            keeps = self._keeps(chosen, groups, sizes, measure(anatomy, objective, data, chosen, progress))
-            sparsity = [0.0] * len(chosen)
-            for members, size, keep in zip(groups, sizes, keeps, strict=True):
-                for i in members:
-                    sparsity[i] = 1 - keep / size
-        return Plan(
-            anatomy.shape(),
-            sparsity={matrix.name: share for matrix, share in zip(chosen, sparsity, strict=True)},
-            selection=asdict(self._selection(objective.name)),
-            method={**self.describe(), "objective": objective.name},
-        )
+        return anatomy, objective, chosen
 
     # -- coarse -------------------------------------------------------------------------------------------------------
 
@@ -160,33 +181,74 @@ class ECoFLaP:
             groups.setdefault(key[self.granularity], []).append(i)
         return list(groups.values())
 
-    def _importance(
-        self, anatomy: Anatomy, objective: Objective, data: Data, chosen: Sequence[Matrix], progress: Progress | None
-    ) -> list[float]:
-        if self.estimator == "first-order":
-            found = first_order(anatomy, objective, data, chosen, batch_size=self.batch_size, progress=progress)
+    def _score(
+        self, anatomy: Anatomy, objective: Objective, chosen: Sequence[Matrix], data: Data, progress: Progress | None
+    ) -> Scores:
+        unknown = torch.full((len(chosen),), math.nan, dtype=torch.float64)
+        block_runs = 0
+        if self.estimator == "outliers":
+            value, spread = self._outliers(anatomy, objective, data, chosen, progress), unknown
         else:
-            found = zeroth_order(
-                anatomy,
-                objective,
-                data,
-                chosen,
-                draws=self.draws,
-                eps=self.eps,
-                seed=self.seed,
-                realised=self.realised,
-                samples_per_loss=self.samples_per_loss,
-                batch_size=self.batch_size,
-                progress=progress,
-            )
-        self.sensitivity = found
-        kind = self.importance or ("weighted" if self.estimator == "first-order" else "norm")
-        if kind == "norm":
-            return found.slope.tolist()
-        if kind == "weighted":
-            return found.weighted.tolist()
-        squares = [matrix.weight.detach().float().square().sum(dtype=torch.float64).item() for matrix in chosen]
-        return [square * slope**2 for square, slope in zip(squares, found.slope.tolist(), strict=True)]
+            if self.estimator == "first-order":
+                found = first_order(anatomy, objective, data, chosen, batch_size=self.batch_size, progress=progress)
+            else:
+                found = zeroth_order(
+                    anatomy,
+                    objective,
+                    data,
+                    chosen,
+                    draws=self.draws,
+                    eps=self.eps,
+                    seed=self.seed,
+                    realised=self.realised,
+                    samples_per_loss=self.samples_per_loss,
+                    batch_size=self.batch_size,
+                    progress=progress,
+                )
+            kind = self.importance or ("weighted" if self.estimator == "first-order" else "norm")
+            value, spread, block_runs = found.slope, found.spread, found.block_runs
+            if kind == "weighted":
+                value = found.weighted
+            elif kind == "squared":
+                squares = [m.weight.detach().float().square().sum(dtype=torch.float64).item() for m in chosen]
+                value, spread = torch.tensor(squares, dtype=torch.float64) * found.slope**2, 2 * found.spread
+        first: dict[tuple[str, int], int] = {}
+        modules = []
+        for matrix in chosen:
+            start = first.setdefault((matrix.tower, matrix.layer), matrix.number)
+            modules.append(Module(matrix.tower, MATRIX, matrix.layer, matrix.number - start))
+        return Scores(
+            modules=modules,
+            value=value,
+            error=value.abs() * spread,
+            count=torch.full((len(chosen),), data.n_images, dtype=torch.int64),
+            cost=torch.tensor([float(matrix.weight.numel()) for matrix in chosen], dtype=torch.float64),
+            objective=objective.name,
+            parameters=[matrix.name for matrix in chosen],
+            block_runs=block_runs,
+            data={"name": data.name, "split": data.split, "hash": data.hash},
+        )
+
+    def _of_the_smallest(self, chosen: Sequence[Matrix]) -> list[float]:
+        """Each matrix' share of itself among the smallest |w| of all: global magnitude, or of each tower."""
+        sparsity = [0.0] * len(chosen)
+        for budget in self._budgets(chosen, [[i] for i in range(len(chosen))]):
+            weights = [chosen[i].weight.detach() for i in budget]
+            total = sum(weight.numel() for weight in weights)
+            counts = share_smallest(weights, [None] * len(weights), total - keep_count(total, self.sparsity))
+            for i, weight, count in zip(budget, weights, counts, strict=True):
+                sparsity[i] = count / weight.numel()
+        return sparsity
+
+    def _shares(self, chosen: Sequence[Matrix], measured: Sequence[float]) -> list[float]:
+        """The sparsity of each matrix, from its importance."""
+        groups = self._groups(chosen)
+        sizes = [sum(chosen[i].weight.numel() for i in members) for members in groups]
+        sparsity = [0.0] * len(chosen)
+        for members, size, keep in zip(groups, sizes, self._keeps(chosen, groups, sizes, measured), strict=True):
+            for i in members:
+                sparsity[i] = 1 - keep / size
+        return sparsity
 
     def _keeps(
         self, chosen: Sequence[Matrix], groups: list[list[int]], sizes: list[int], measured: Sequence[float]
@@ -218,7 +280,7 @@ class ECoFLaP:
 
     def _outliers(
         self, anatomy: Anatomy, objective: Objective, data: Data, chosen: Sequence[Matrix], progress: Progress | None
-    ) -> list[float]:
+    ) -> Tensor:
         """How many of Wanda's scores of each matrix of the dense model lie above M times their mean (OWL)."""
         check_finite(anatomy, objective, data, self.batch_size)
         counts: dict[str, int] = {}
@@ -227,7 +289,7 @@ class ECoFLaP:
             for matrix in of_block:
                 scores = matrix.weight.detach().float().abs() * inputs(matrix).scale
                 counts[matrix.name] = int((scores > self.outlier_factor * scores.mean()).sum())
-        return [counts[matrix.name] for matrix in chosen]
+        return torch.tensor([counts[matrix.name] for matrix in chosen], dtype=torch.float64)
 
     def _owl(self, ratio: Sequence[float], sizes: Sequence[int], keep: int, floors: Sequence[int]) -> list[int]:
         """Kept weights of each group: outlier ratios stretched to 2 lambda, at the level at which they sum to keep.
