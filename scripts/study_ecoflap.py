@@ -48,25 +48,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ECoFLaP, first order, SparseGPT": {**FIRST, "criterion": "sparsegpt"},
     "ECoFLaP, zeroth order, SparseGPT": {**ZEROTH, "criterion": "sparsegpt"},
 }
-# What the defaults were chosen among, on validation.
+# What the defaults were chosen among, on validation. "4 x 64": draws x samples.
+BY_BLOCK, BY_MATRIX = {"granularity": "block"}, {"granularity": "layer"}
+FEW = {**ZEROTH, **BY_MATRIX, "draws": 4, "samples": 64}
 CHOICES: dict[str, dict[str, Any]] = {
+    "zeroth order, 4 x 64, by block": {**FEW, **BY_BLOCK},
     **{
-        f"zeroth order, {draws} x {samples}": {**ZEROTH, "draws": draws, "samples": samples}
+        f"zeroth order, {draws} x {samples}": {**FEW, "draws": draws, "samples": samples}
         for draws, samples in ((1, 32), (1, 64), (4, 64), (1, 256), (4, 256))
     },
-    "zeroth order, 4 x 64, one loss of all": {**ZEROTH, "draws": 4, "samples": 64, "samples_per_loss": None},
-    "zeroth order, 4 x 64, by |W|": {**ZEROTH, "draws": 4, "samples": 64, "importance": "weighted"},
-    "zeroth order, 4 x 64, by matrix": {**ZEROTH, "draws": 4, "samples": 64, "granularity": "layer"},
-    "zeroth order, 4 x 64, avg": {**ZEROTH, "draws": 4, "samples": 64, "aggregate": "avg"},
-    **{
-        f"zeroth order, 4 x 64, + {above}": {**ZEROTH, "draws": 4, "samples": 64, "above": above}
-        for above in (0.05, 0.15, 0.2, 0.3)
-    },
-    "first order": FIRST,
-    "first order, 64": {**FIRST, "samples": 64},
-    **{f"first order, + {above}": {**FIRST, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
-    "first order, by matrix": {**FIRST, "granularity": "layer"},
-    "first order, avg": {**FIRST, "aggregate": "avg"},
+    "zeroth order, 4 x 64, one loss of all": {**FEW, "samples_per_loss": None},
+    "zeroth order, 4 x 64, by |W|": {**FEW, "importance": "weighted"},
+    "zeroth order, 4 x 64, squared": {**FEW, "importance": "squared"},
+    "zeroth order, 4 x 64, avg": {**FEW, "aggregate": "avg"},
+    **{f"zeroth order, 4 x 64, + {above}": {**FEW, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
+    "first order, by block": {**FIRST, **BY_BLOCK},
+    "first order": {**FIRST, **BY_MATRIX},
+    "first order, 64": {**FIRST, **BY_MATRIX, "samples": 64},
+    "first order, by the norm": {**FIRST, **BY_MATRIX, "importance": "norm"},
+    "first order, avg": {**FIRST, **BY_MATRIX, "aggregate": "avg"},
+    **{f"first order, + {above}": {**FIRST, **BY_MATRIX, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
 }
 SCORED = ("estimator", "importance", "draws", "samples", "samples_per_loss")  # what scores depend on
 

@@ -76,9 +76,9 @@ def test_replay_equals_perturbing_a_copy(name, together):
     runs = 0
     for tower in dict.fromkeys(matrix.tower for matrix in chosen):
         rows = sum(len(next(iter(b.values()))) for b in objective.batches(anatomy, tower, data, 4))
-        depth = len(anatomy.tower(tower))
+        depth = len(anatomy.tower(tower)) - (name == "llava" and tower == "vision")  # its last one is never read
         mine = [matrix for matrix in chosen if matrix.tower == tower]
-        runs += rows * (depth + sum(2 * DRAWS * (depth - matrix.layer) for matrix in mine))
+        runs += rows * (depth + sum(2 * DRAWS * max(0, depth - matrix.layer) for matrix in mine))
     assert found.block_runs == runs
 
 

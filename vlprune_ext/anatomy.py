@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 KINDS = ("head", "cross_head", "neurons", "layer")  # what can be removed
 MATRIX = "matrix"  # what can be made sparse
+IGNORED = -100  # the label of a position that no loss is computed on
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ class TowerPaths:
     config: str  # the tower's config, relative to model.config; "" = model.config
     before: tuple[str, ...] = ()  # modules whose output reaches nothing but the first block
     beside: tuple[str, ...] = ()  # modules that feed what comes after the first block and never change with the tower
-    pool: str | None = None  # "first", "eot" or "last": the only row of the last block that is used
+    pool: str | None = None  # rows of the last block that are used: "first", "eot", "last", or what predicts "labels"
     feature_layer: str = ""  # config attribute that says which block's output is used, when it is not the last
 
 
@@ -330,14 +331,19 @@ class Tower:
         """Units of every site, block by block."""
         return [{kind: site.units for kind, site in block.sites.items()} for block in self.blocks]
 
-    def pooled_row(self, inputs: Mapping[str, Tensor]) -> Tensor | int | None:
-        """The row [B] of the last block's output that is used, or None when all are."""
+    def rows_read(self, inputs: Mapping[str, Tensor]) -> Tensor | int | None:
+        """The rows of the last block's output that are used: one of each sample, or some [B, K]; None when all are."""
         if self.paths.pool == "first":
             return 0
         if self.paths.pool == "last":
             return -1
         if self.paths.pool == "eot":
-            return self._eot_row(inputs)
+            return self._eot_row(inputs)[:, None]
+        if self.paths.pool == "labels" and "labels" in inputs:
+            predicts = inputs["labels"][:, 1:] != IGNORED
+            most = int(predicts.sum(1).max())
+            # Their places first, then whatever fills the rows of samples that have fewer.
+            return predicts.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
         return None
 
     def _eot_row(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -349,6 +355,11 @@ class Tower:
         layers = (value,) if isinstance(value, int) else tuple(value or ())
         # Entry 0 of `hidden_states` is what enters the first block, entry i + 1 is what leaves block i.
         return frozenset((layer if layer >= 0 else len(self) + 1 + layer) - 1 for layer in layers)
+
+    @property
+    def depth(self) -> int:
+        """Blocks that are read: those after the last feature layer are not."""
+        return max(self.taps(), default=len(self) - 1) + 1
 
     def trim(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop the columns after the last end-of-text token of a batch: a causal tower never looks there."""
@@ -447,12 +458,15 @@ _LLAVA = Family(
             ("model.language_model.layers",),
             "text_config",
             before=("model.vision_tower", "model.multi_modal_projector", "model.language_model.embed_tokens"),
+            pool="labels",
         ),
     },
     head="lm_head",
 )
 _DUAL_EMBED = {"vision": _image_features, "text": _text_features}
-_LLAMA_TOWER = {"text": TowerPaths(("layers", "model.layers"), "", before=("embed_tokens", "model.embed_tokens"))}
+_LLAMA_TOWER = {
+    "text": TowerPaths(("layers", "model.layers"), "", before=("embed_tokens", "model.embed_tokens"), pool="labels")
+}
 
 # Model class -> entry. One class, one entry: what differs between the classes of a model type is just what counts here.
 FAMILIES: dict[str, Family] = {
@@ -481,7 +495,9 @@ FAMILIES: dict[str, Family] = {
         {
             # Packed patches of all images, [B * patches, D]; copies of them are packed likewise.
             "vision": TowerPaths(("model.visual.blocks",), "vision_config", before=("model.visual.patch_embed",)),
-            "text": TowerPaths(("model.language_model.layers",), "text_config", before=("model.visual",)),
+            "text": TowerPaths(
+                ("model.language_model.layers",), "text_config", before=("model.visual",), pool="labels"
+            ),
         },
         head="lm_head",
     ),

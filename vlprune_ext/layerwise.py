@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from . import _native
-from .anatomy import Anatomy
+from .anatomy import IGNORED, Anatomy
 from .criteria import Inputs, Pattern, check_criterion, prune_matrix
 from .data import Data
 from .matrices import Matrix, matrices
 from .objectives import LMLoss, Objective
 from .patch import Patches, evaluation_mode
 from .replay import Progress, Replay
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ class _Collector:
         if module in self.from_elsewhere:
             mask = mask if self.tower == "decoder" else None  # of the encoder's text; images have no padding
         elif self.anatomy.family.needs_decoder_ids and self.tower == "decoder":
-            mask = self.inputs["labels"] != _IGNORED
+            mask = self.inputs["labels"] != IGNORED
         # Some layers, such as OPT's, are given all tokens in one row [B * T, in].
         return mask if mask is not None and mask.numel() == x.shape[:-1].numel() else None
 

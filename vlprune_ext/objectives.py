@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .anatomy import Anatomy
+from .anatomy import IGNORED, Anatomy
 from .data import Classes, Data
 from .ops import retrieval_rank
 from .patch import Patches, evaluation_mode
 
 Inputs = dict[str, Tensor]
 
-_IGNORED = -100
 _LOGIT_BYTES = 64 << 20  # logits are computed this many bytes at a time
 
 
@@ -365,7 +364,7 @@ class LMLoss(Objective):
         self.towers(anatomy)
         if "labels" not in data.texts:
             raise ValueError(f"data: {data.name} has no labels, objective {self.name!r} needs them")
-        scored = (data.texts["labels"][:, 1:] != _IGNORED).any(1)
+        scored = (data.texts["labels"][:, 1:] != IGNORED).any(1)
         if not bool(scored.all()):
             raise ValueError(f"data: sample {int((~scored).nonzero()[0])} of {data.name} has no labelled position")
         device = anatomy.device
@@ -390,7 +389,7 @@ class LMLoss(Objective):
         labels = inputs["labels"]
         head = self._head(anatomy)
         hidden = _final_states(anatomy, head, inputs)
-        sample, position = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
+        sample, position = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         target = labels[sample, position + 1]
         states = hidden[sample, position]
         rows = max(1, _LOGIT_BYTES // (4 * anatomy.text_config.vocab_size))
@@ -452,8 +451,8 @@ def _final_states(anatomy: Anatomy, head: nn.Module, inputs: Inputs) -> Tensor:
     arguments: dict[str, Tensor | bool] = {name: value for name, value in inputs.items() if name != "labels"}
     if anatomy.family.needs_decoder_ids:
         labels = inputs["labels"]
-        arguments["decoder_input_ids"] = labels.masked_fill(labels == _IGNORED, anatomy.text_config.pad_token_id)
-        arguments["decoder_attention_mask"] = (labels != _IGNORED).long()
+        arguments["decoder_input_ids"] = labels.masked_fill(labels == IGNORED, anatomy.text_config.pad_token_id)
+        arguments["decoder_attention_mask"] = (labels != IGNORED).long()
     else:
         arguments["use_cache"] = False
     with Patches() as patches:

@@ -215,11 +215,11 @@ def plan_cost(
     groups = neuron_groups(anatomy, towers, neurons_per_group) if "neurons" in kinds else {}
     result = {}
     for tower in towers:
-        depth = len(anatomy.tower(tower))
+        depth = anatomy.tower(tower).depth
         found = [c.intervention for c in candidates(anatomy, (tower,), kinds, groups)]
         batches = objective.batches(anatomy, tower, data, batch_size)
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        runs = depth + sum(depth - i.layer - (i.kind == "layer") for i in found)
+        runs = depth + sum(max(0, depth - i.layer - (i.kind == "layer")) for i in found)
         per_row, stream, seconds = _one_batch(anatomy, objective, tower, batches[0])
         result[tower] = {
             "modules": len(found),

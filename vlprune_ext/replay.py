@@ -10,7 +10,8 @@ For N rows, L blocks and V_l interventions on heads, neurons and weights, D_l on
     N * (L + sum_l V_l * (L - l) + sum_l D_l * (L - l - 1))
 
 block runs (l from 0), against N * L * (1 + sum_l (V_l + D_l)) for one whole run each. A perturbed weight has no shared
-pass: its block runs once for each variant, and only what leaves it is stacked.
+pass: its block runs once for each variant, and only what leaves it is stacked. L is the blocks that the model reads:
+the vision tower of a LLaVA has more. Of the last one only the rows that are read are computed in full.
 """
 
 from __future__ import annotations
@@ -69,11 +70,23 @@ def _with_first(output: Output, tensor: Tensor, copies: int = 1, fill: Callable 
     return (tensor, *shared)
 
 
-def _take(x: Tensor, rows: Tensor | int) -> Tensor:
-    """[B, T, D] -> [B, 1, D]: one row of each sample."""
+Rows = Tensor | int  # of each sample of [B, T, D]: some [B, K], or one
+
+
+def _take(x: Tensor, rows: Rows) -> Tensor:
+    """[B, T, D] -> [B, K, D]: some rows of each sample."""
     if isinstance(rows, int):
         return x.narrow(1, rows % x.shape[1], 1)
-    return x[torch.arange(x.shape[0], device=x.device), rows].unsqueeze(1)
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
+
+
+def _put(x: Tensor, rows: Rows, length: int) -> Tensor:
+    """[B, K, D] -> [B, T, D] that `_take` turns back; what the other rows hold is nothing."""
+    if isinstance(rows, int) or rows.shape[1] == 1:
+        return x.expand(-1, length, -1)
+    whole = x.new_zeros(x.shape[0], length, x.shape[2])
+    whole[torch.arange(x.shape[0], device=x.device)[:, None], rows] = x
+    return whole
 
 
 def _set_stream(patches: Patches, block: nn.Module, stream: Tensor) -> None:
@@ -105,7 +118,7 @@ class _Batch:
     entering: Output | None = None  # what the block before returned
     before: dict[nn.Module, object] = field(default_factory=dict)
     beside: dict[nn.Module, object] = field(default_factory=dict)
-    pooled: Tensor | int | None = None
+    read: Rows | None = None  # of the last block; None: all
     tapped: dict[int, Tensor] = field(default_factory=dict)  # block -> its output, where not only the next reads it
 
     @property
@@ -119,7 +132,8 @@ class Replay:
     model       a transformers model known to `anatomy`
     tower       name of one of its towers
     batches     the calibration rows as model inputs, each a dict of tensors with the row on the first dimension
-    run_model   (model, inputs) -> [B, ...]: what is wanted of each row, for instance an embedding or a loss
+    run_model   (model, inputs) -> [B, ...]: what is wanted of each row, for instance an embedding or a loss. It may
+                look at what the model pools or, where there are labels, at what predicts them; the rest is not exact
     stacked_rows  how many rows (variants times batch) go through the suffix at once; None measures what is fastest
     """
 
@@ -142,17 +156,18 @@ class Replay:
         self.run_model = run_model
         self.stacked_rows = stacked_rows
         self.progress = progress
-        self.skip_layers = frozenset(skip_layers)
         self.block_runs = 0
         self.taps = self.tower.taps()
         if -1 in self.taps:
             raise ValueError(f"{self.tower.paths.feature_layer}: layer 0 (the embeddings) cannot be replayed")
+        self.depth = self.tower.depth
+        self.skip_layers = frozenset(skip_layers)
         start = 0
         self.batches: list[_Batch] = []
         for inputs in batches:
             size = len(inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values())))
             batch = _Batch(inputs, slice(start, start + size))
-            batch.pooled = self.tower.pooled_row(inputs)
+            batch.read = self.tower.rows_read(inputs)
             self.batches.append(batch)
             start += size
         self.n_rows = start
@@ -167,7 +182,7 @@ class Replay:
         outputs    [len(positions), N, ...] what `run_model` gives under each; dense outputs are [N, ...]
         """
         by_layer = self._group(interventions)
-        last = max(by_layer, default=0)
+        last = min(max(by_layer, default=0), self.depth - 1)
         total = sum(self._runs(layer, interventions[i]) for layer, ids in by_layer.items() for i in ids)
         done = 0
         dense: list[Tensor] = []
@@ -193,7 +208,11 @@ class Replay:
             for batch in self.batches:
                 batch.entering = None
                 batch.tapped.clear()
-            yield None, torch.cat(dense)
+            plain = torch.cat(dense)
+            for layer, ids in by_layer.items():
+                if layer >= self.depth:  # nothing reads it
+                    yield ids, plain.expand(len(ids), *plain.shape)
+            yield None, plain
 
     @torch.no_grad()
     def run_block(self, layer: int, *, advance: bool, each: Callable[[Inputs], object] | None = None) -> None:
@@ -229,20 +248,21 @@ class Replay:
     def _runs(self, layer: int, intervention: Intervention) -> int:
         """Block runs of one intervention over all rows."""
         first = layer + 1 if isinstance(intervention, DropLayer) else layer
-        return self.n_rows * sum(i not in self.skip_layers for i in range(first, len(self.tower)))
+        return self.n_rows * sum(i not in self.skip_layers for i in range(first, self.depth))
 
     def _count(self, first: int, rows: int, last: int | None = None) -> None:
-        last = len(self.tower) if last is None else last
+        last = self.depth if last is None else last
         self.block_runs += rows * sum(i not in self.skip_layers for i in range(first, last))
 
     # -- one block ----------------------------------------------------------------------------------------------------
 
     def _bypass(self, patches: Patches, layer: int, batch: _Batch, copies: int) -> None:
-        """Keep the model from computing anything in front of block ``layer``, or beside it."""
+        """Keep the model from computing anything in front of block ``layer``, beside it, or that nothing reads."""
         for module, result in batch.before.items():
             patches.forward(module, lambda *_, _r=result, **__: _blank(_r, copies))
         for module, result in batch.beside.items():
             patches.forward(module, lambda *_, _r=result, **__: _stacked(_r, copies))
+        self._leave_unread(patches, layer)
         entering: Any = batch.entering
         for i, block in enumerate(self.tower.blocks[:layer]):
             if i in batch.tapped:
@@ -252,12 +272,17 @@ class Replay:
                     block.module, lambda hidden_states, *_, **__: _with_first(entering, hidden_states, copies)
                 )
 
+    def _leave_unread(self, patches: Patches, layer: int) -> None:
+        for block in self.tower.blocks[max(self.depth, layer + 1) :]:
+            patches.forward(block.module, lambda hidden_states, *_, **__: hidden_states)
+
     def _advance(self, layer: int, batch: _Batch, kinds: set[str], stop: bool) -> tuple[_Shared, Tensor | None]:
         """Run block ``layer`` on the stream as it is, keeping what variants share; then stop, or finish the model."""
         block = self.tower.blocks[layer]
         shared = _Shared()
         with Patches() as patches:
             if batch.entering is None:
+                self._leave_unread(patches, layer)
                 for module in self.tower.before:
                     patches.hook(module, lambda m, _, out: batch.before.__setitem__(m, _blank(out)))
                 for module in self.tower.beside:
@@ -319,7 +344,7 @@ class Replay:
         if kind not in shared.x:
             raise ValueError(f"interventions: {kind} of {self.tower.name}.{layer} plays no part in this objective")
         x, base = shared.x[kind], _first(shared.returned[kind])
-        rows = self._last_pooled(layer, batch)
+        rows = self._last_read(layer, batch)
         if rows is not None:
             x, base = _take(x, rows), _take(base, rows)
         out = leave_units_out(x.reshape(-1, x.shape[-1]), site, base.reshape(-1, base.shape[-1]), units)
@@ -350,16 +375,16 @@ class Replay:
             self._count(layer, batch.size, layer + 1)
         return torch.cat(outputs)
 
-    def _last_pooled(self, layer: int, batch: _Batch) -> Tensor | int | None:
-        """The only row that is used of what leaves block ``layer``; None when all are."""
-        return batch.pooled if layer == len(self.tower) - 1 else None
+    def _last_read(self, layer: int, batch: _Batch) -> Rows | None:
+        """The only rows that are used of what leaves block ``layer``; None when all are."""
+        return batch.read if layer == len(self.tower) - 1 else None
 
     def _suffix(
         self, layer: int, batch: _Batch, shared: _Shared, kind: str, variants: Tensor | None, copies: int
     ) -> Tensor:
         """Run the model from inside block ``layer`` on ``copies`` stacked variants of the batch."""
         block = self.tower.blocks[layer]
-        only = self._last_pooled(layer, batch)
+        only = self._last_read(layer, batch)
         length = shared.stream.shape[1]
 
         def own(tensor: Tensor) -> Tensor:  # the rows that matter, stacked
@@ -373,12 +398,14 @@ class Replay:
                 patches.forward(block.module, lambda *_, **__: passed_by)
             elif variants is not None:
                 if only is not None:
-                    self._widen(patches, block.module, length)
+                    rows = only if isinstance(only, int) else only.repeat(copies, 1)
+                    patches.hook(block.module, lambda _, __, out: _put(out, rows, length))
                 _set_stream(patches, block.module, own(shared.stream))
                 self._patch_sites(patches, block, shared, kind, variants, copies, own)
-            if batch.pooled is not None and layer < len(self.tower) - 1:
-                rows = batch.pooled if isinstance(batch.pooled, int) else batch.pooled.repeat(copies)
-                self._narrow_last(patches, rows, length)
+            if batch.read is not None and layer < len(self.tower) - 1:
+                self._narrow_last(
+                    patches, batch.read if isinstance(batch.read, int) else batch.read.repeat(copies, 1), length
+                )
             # Images are read by bypassed modules alone, so that their stack needs no memory.
             inputs = {
                 name: _blank(value, copies) if value.is_floating_point() else _stacked(value, copies)
@@ -404,12 +431,8 @@ class Replay:
             if name == kind:
                 return
 
-    def _widen(self, patches: Patches, block: nn.Module, length: int) -> None:
-        """Give a block that runs on one row per sample the result shape that its caller expects."""
-        patches.hook(block, lambda _, __, out: out.expand(-1, length, -1))
-
-    def _narrow_last(self, patches: Patches, rows: Tensor | int, length: int) -> None:
-        """In the last block only the pooled row is read: attend from all rows, but go on with that one."""
+    def _narrow_last(self, patches: Patches, rows: Rows, length: int) -> None:
+        """Of the last block only some rows are read: attend to all of them, but go on with those."""
         block = self.tower.blocks[-1]
         if block.norm is None or len(self.tower) - 1 in self.skip_layers or "head" not in block.sites:
             return
@@ -426,7 +449,7 @@ class Replay:
         patches.pre_hook(block.module, enter, with_kwargs=True)
         patches.forward(norm, lambda _: normalise(full.pop()))
         patches.forward(out, lambda x: project(_take(x, rows)))
-        self._widen(patches, block.module, length)
+        patches.hook(block.module, lambda _, __, out: _put(out, rows, length))
 
     # -- how much at once ---------------------------------------------------------------------------------------------
 

@@ -164,7 +164,7 @@ def test_embeddings_of_dual_encoders():
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_only_the_pooled_row_counts(name):
-    """`pooled_row` and `trim` name exactly what the text embedding is made of."""
+    """`rows_read` and `trim` name exactly what the text embedding is made of."""
     model = tiny.build(name)
     tower = describe(model).tower("text")
     values = {key: tiny.inputs(name, model, 5)[key] for key in ("input_ids", "attention_mask")}
@@ -172,8 +172,8 @@ def test_only_the_pooled_row_counts(name):
     handle = tower.blocks[-1].module.register_forward_hook(lambda _, __, out: last.update(out=out))
     with torch.no_grad():
         whole = model.get_text_features(**values)
-        rows = tower.pooled_row(values)
-        picked = last["out"][torch.arange(5), rows]
+        rows = tower.rows_read(values)
+        picked = last["out"][torch.arange(5), rows if isinstance(rows, int) else rows.flatten()]
         model_rows = model.text_model.final_layer_norm(picked)
         project = model.text_projection if name == "clip" else model.text_model.head
         handle.remove()
@@ -186,7 +186,29 @@ def test_historical_clip_pools_at_the_highest_token():
     model = tiny.build("clip")
     model.config.text_config.eos_token_id = 2
     ids = torch.tensor([[60, 5, 61, 0], [60, 61, 0, 0]])
-    assert describe(model).tower("text").pooled_row({"input_ids": ids}).tolist() == [2, 1]
+    assert describe(model).tower("text").rows_read({"input_ids": ids}).tolist() == [[2], [1]]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "llama"])
+def test_only_rows_that_predict_a_label_count(name):
+    """The loss has gradients with respect to the rows of the last block that `rows_read` names, and no others."""
+    model = tiny.build(name)
+    inputs = tiny.retrieval_data(name, model, 4).batch(torch.arange(4))
+    inputs["labels"][0, :-2] = -100  # fewer than the others
+    last = {}
+    block = describe(model).tower("text").blocks[-1].module
+    handle = block.register_forward_hook(lambda _, __, out: last.update(out=out))
+    loss = model(**inputs).loss
+    handle.remove()
+    (slope,) = torch.autograd.grad(loss, last["out"])
+    rows = describe(model).tower("text").rows_read(inputs)
+    assert rows.shape[1] < slope.shape[1]
+    for of_sample, read, labels in zip(slope, rows, inputs["labels"], strict=True):
+        assert set(of_sample.abs().sum(1).nonzero().flatten().tolist()) <= set(read.tolist())
+        assert len(set(read.tolist())) == len(read)
+        assert (labels[1:] != -100).sum() <= len(read)
+    del inputs["labels"]
+    assert describe(model).tower("text").rows_read(inputs) is None
 
 
 def test_unknown_model_lists_what_is_known():
