@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from .checkpoint import load_pruned, save_pruned
     from .data import Data, load_data
     from .distillation import distill
-    from .interventions import DropHead, DropLayer, DropNeurons
-    from .methods import Magnitude, MoPE, Random, Taylor
+    from .interventions import DropHead, DropLayer, DropNeurons, PerturbWeight
+    from .methods import ECoFLaP, Magnitude, MoPE, Random, Taylor
     from .objectives import Contrastive, LMLoss, Objective, Retrieval, ZeroShot
-    from .pipeline import Result, evaluate, measure, plan_cost, prune
+    from .pipeline import Result, evaluate, measure, plan_cost, prune, prune_weights
     from .plan import Module, Plan, Scores
     from .replay import Replay
     from .scoring import score
+    from .semi_structured import to_semi_structured
     from .surgery import apply, masked
 
 # Public name -> where it lives. Loaded on first use, so that `vlprune --help` does not wait for torch.
@@ -55,6 +56,7 @@ _HOMES = {
     "Scores": "plan",
     "Replay": "replay",
     "score": "scoring",
+    "to_semi_structured": "semi_structured",
     "apply": "surgery",
     "masked": "surgery",
 }

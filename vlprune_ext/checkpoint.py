@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import __version__
 from .anatomy import Anatomy, Site, Tower, describe
+from .semi_structured import is_converted
 from .surgery import shrink
 
 FORMAT = 1
@@ -66,11 +67,16 @@ def save_pruned(
     The folder appears whole or not at all. An earlier pruned model in its place is replaced, other files in that folder
     stay; any other non-empty folder is refused. The model and its config are not changed.
 
-    Raises ValueError for a model that is not known or a folder that must not be replaced, OSError if it cannot be
-    written (disk full); then nothing has changed on disk.
+    Raises ValueError for a model that is not known, one with semi-structured weights, or a folder that must not be
+    replaced, OSError if it cannot be written (disk full); then nothing has changed on disk.
     """
     out_dir = Path(out_dir).absolute()
     anatomy = describe(model)
+    for name, weight in model.named_parameters():
+        if is_converted(weight):
+            raise ValueError(
+                f"model: {name} is semi-structured, safetensors holds dense weights; save the model before"
+            )
     _check_target(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = out_dir.with_name(f".{out_dir.name}.{uuid.uuid4().hex[:8]}")
