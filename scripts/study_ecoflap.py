@@ -48,26 +48,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ECoFLaP, first order, SparseGPT": {**FIRST, "criterion": "sparsegpt"},
     "ECoFLaP, zeroth order, SparseGPT": {**ZEROTH, "criterion": "sparsegpt"},
 }
-# What the defaults were chosen among, on validation. "4 x 64": draws x samples.
-BY_BLOCK, BY_MATRIX = {"granularity": "block"}, {"granularity": "layer"}
-FEW = {**ZEROTH, **BY_MATRIX, "draws": 4, "samples": 64}
+# What the defaults were chosen among, on validation. "1 x 256": draws x samples.
+ONE = {**ZEROTH, "granularity": "layer", "draws": 1}
+GRADIENT = {**FIRST, "granularity": "layer"}
 CHOICES: dict[str, dict[str, Any]] = {
-    "zeroth order, 4 x 64, by block": {**FEW, **BY_BLOCK},
-    **{
-        f"zeroth order, {draws} x {samples}": {**FEW, "draws": draws, "samples": samples}
-        for draws, samples in ((1, 32), (1, 64), (4, 64), (1, 256), (4, 256))
-    },
-    "zeroth order, 4 x 64, one loss of all": {**FEW, "samples_per_loss": None},
-    "zeroth order, 4 x 64, by |W|": {**FEW, "importance": "weighted"},
-    "zeroth order, 4 x 64, squared": {**FEW, "importance": "squared"},
-    "zeroth order, 4 x 64, avg": {**FEW, "aggregate": "avg"},
-    **{f"zeroth order, 4 x 64, + {above}": {**FEW, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
-    "first order, by block": {**FIRST, **BY_BLOCK},
-    "first order": {**FIRST, **BY_MATRIX},
-    "first order, 64": {**FIRST, **BY_MATRIX, "samples": 64},
-    "first order, by the norm": {**FIRST, **BY_MATRIX, "importance": "norm"},
-    "first order, avg": {**FIRST, **BY_MATRIX, "aggregate": "avg"},
-    **{f"first order, + {above}": {**FIRST, **BY_MATRIX, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
+    "zeroth order, 1 x 256": ONE,
+    "zeroth order, 1 x 64": {**ONE, "samples": 64},
+    "zeroth order, 4 x 64": {**ONE, "draws": 4, "samples": 64},
+    "zeroth order, 4 x 256": {**ONE, "draws": 4},
+    "zeroth order, 1 x 256, by block": {**ONE, "granularity": "block"},
+    "zeroth order, 1 x 256, one loss of all": {**ONE, "samples_per_loss": None},
+    "zeroth order, 1 x 256, by |W|": {**ONE, "importance": "weighted"},
+    "zeroth order, 1 x 256, squared": {**ONE, "importance": "squared"},
+    "zeroth order, 1 x 256, avg": {**ONE, "aggregate": "avg"},
+    **{f"zeroth order, 1 x 256, + {above}": {**ONE, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
+    "first order": GRADIENT,
+    "first order, by block": {**GRADIENT, "granularity": "block"},
+    "first order, by the norm": {**GRADIENT, "importance": "norm"},
+    "first order, avg": {**GRADIENT, "aggregate": "avg"},
+    **{f"first order, + {above}": {**GRADIENT, "above": above} for above in (0.05, 0.15, 0.2)},
 }
 SCORED = ("estimator", "importance", "draws", "samples", "samples_per_loss")  # what scores depend on
 
@@ -103,7 +102,7 @@ class Task:
     def run(self, fields: dict[str, Any], sparsity: float | str, seed: int) -> dict[str, Any]:
         """Accuracy on each split of one variant at one sparsity, and the seconds of its two stages."""
         fields = dict(fields)
-        key = (seed, *(fields.get(name) for name in SCORED))
+        key = (seed, *(fields.get(name, "default") for name in SCORED))
         above, samples = fields.pop("above", None), fields.pop("samples", SAMPLES)
         if isinstance(sparsity, str):
             fields["pattern"] = sparsity

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import vlprune_ext as vp
 from vlprune_ext import bench, cli, demo
 from vlprune_ext.anatomy import FAMILIES
-from vlprune_ext.methods import METHODS, STRUCTURED, ECoFLaP
+from vlprune_ext.methods import LAYERWISE, METHODS, STRUCTURED, ECoFLaP
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "score", "prune", "evaluate", "plan-cost", "bench", "info", "report")
@@ -173,7 +173,7 @@ def test_prune_by_ecoflap(tiny, tmp_path):
     made = run("prune", tiny, "--method", "ecoflap", *options, "--out", out, "--save-plan", plan)
     assert "ECoFLaP" in made.stdout
     assert "not zero" in made.stdout
-    assert re.search(r"removed \d+% to \d+% of the weights of \d+ matrices", made.stdout)
+    assert re.search(r"removed \d+% of the weights of \d+ matrices \(\d+% to \d+%\)", made.stdout)
     model = transformers.CLIPModel.from_pretrained(out)
     shares = json.loads(plan.read_text())["sparsity"]
     weights = {name: p for name, p in model.named_parameters() if name in shares}
@@ -249,16 +249,56 @@ def test_own_data(tiny, tmp_path):
 
 
 def test_demo_saves_reloads_and_reports(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "MODEL", str(tiny))
-    for name, value in (("CALIBRATION", 8), ("TEST", 20), ("TRAIN", 16), ("DISTILL_STEPS", 1)):
+    monkeypatch.setattr(demo, "CLIP", str(tiny))
+    for name, value in (
+        ("CALIBRATION", 8),
+        ("TEST", 20),
+        ("TRAIN", 16),
+        ("DISTILL_STEPS", 1),
+        ("SPARSITIES", (0.5, 0.6)),
+    ):
         monkeypatch.setattr(demo, name, value)
     out, report = tmp_path / "pruned" / "x", tmp_path / "report.html"
     result = run("demo", "--out", out, "--report", report, "--json")
-    content = json.loads(result.stdout)
-    assert set(content["comparisons"]) == {"Random", "Magnitude", "MoPE, distilled"}
-    assert "recall@1 is the same" in result.stderr.replace("\n", " ")
-    assert vp.load_pruned(out).num_parameters() == content["after"]["params"]
+    clip, llava = json.loads(result.stdout).values()
+    said = result.stderr.replace("\n", " ")
+    assert set(clip["comparisons"]) == {"Random", "Magnitude", "MoPE, distilled"}
+    assert set(llava["comparisons"]) == {
+        "ECoFLaP 0.6",
+        "Wanda 0.5",
+        "Wanda 0.6",
+        "GlobalMagnitude 0.5",
+        "GlobalMagnitude 0.6",
+    }
+    assert "recall@1 is the same" in said
+    assert "exact match is the same" in said
+    assert vp.load_pruned(out / "clip-digits-mope").num_parameters() == clip["after"]["params"]
+    again = vp.load_pruned(out / "llava-digits-ecoflap")
+    assert (
+        sum(int(p.count_nonzero()) for p in again.parameters()) == llava["after"]["nonzero"] < llava["after"]["params"]
+    )
     assert "Magnitude" in report.read_text(encoding="utf-8")
+    assert "Wanda" in (tmp_path / "report-llava.html").read_text(encoding="utf-8")
+
+
+def test_several_sparsities(tmp_path, monkeypatch):
+    """The first is kept, the others compared; scores are measured once, and baselines keep their own fields."""
+    calls = []
+    score = ECoFLaP._score
+    monkeypatch.setattr(ECoFLaP, "_score", lambda self, *args: calls.append(self) or score(self, *args))
+    fields = ["--method", "ecoflap", "--method", "wanda", "--sparsity", "0.5,0.25,0.75", "--estimator", "first-order"]
+    data = ["--data", "digits-questions", "--limit", "8", "--test-limit", "8", "--metric", "exact_match"]
+    content = json.loads(run("prune", "llava-digits", *data, *fields, "--out", tmp_path / "out", "--json").stdout)
+    assert len(calls) == 1
+    others = content["comparisons"]
+    assert list(others) == ["ECoFLaP 0.25", "ECoFLaP 0.75", "Wanda 0.5", "Wanda 0.25", "Wanda 0.75"]
+    assert content["method"]["sparsity"] == 0.5
+    assert content["method"]["estimator"] == "first-order"
+    assert "exact_match" in content["after"]
+    left = [others["ECoFLaP 0.25"]["nonzero"], content["after"]["nonzero"], others["ECoFLaP 0.75"]["nonzero"]]
+    assert left == sorted(left, reverse=True)
+    assert others["Wanda 0.5"]["nonzero"] != content["after"]["nonzero"]
+    assert "0.5, 'x'" in refused("prune", "llava-digits", "--method", "wanda", "--sparsity", "0.5, 'x'", code=2)
 
 
 # ---- how it refuses -------------------------------------------------------------------------------------------------
@@ -521,7 +561,7 @@ def test_links_of_the_docs_lead_somewhere(page):
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize(("page", "methods"), [("mope.md", STRUCTURED.values()), ("ecoflap.md", [ECoFLaP])])
+@pytest.mark.parametrize(("page", "methods"), [("mope.md", STRUCTURED.values()), ("ecoflap.md", LAYERWISE.values())])
 def test_pages_name_every_field(page, methods):
     import dataclasses
 

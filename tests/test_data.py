@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from vlprune_ext import zoo
-from vlprune_ext.data import IGNORED, Classes, Data, load_data
+from vlprune_ext.data import Classes, Data, load_data
+from vlprune_ext.data.prepare import IGNORED
 from vlprune_ext.zoo import DigitScenes
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import replace
 
 import pytest
 import torch
 from models import tiny
+from models.tiny import digest, setting
 
 import vlprune_ext as vp
 from vlprune_ext import criteria
 from vlprune_ext.anatomy import describe
 from vlprune_ext.layerwise import Selection, prune_layerwise, used_matrices
 from vlprune_ext.matrices import matrices
-from vlprune_ext.objectives import objective_named
 from vlprune_ext.plan import Plan
 
 BATCH = 4  # does not divide the data: the last batch is smaller
@@ -27,19 +26,6 @@ BLOCKS = {
 }
 # Those whose text or answers are padded, but for twins of another.
 PADDED = ("clip", "blip_itr", "blip_vqa", "llava", "t5", "opt", "blip2_opt", "blip2_t5")
-
-
-def digest(model) -> str:
-    sha = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        sha.update(name.encode() + value.detach().float().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def setting(name: str, n: int = 6):
-    model = tiny.build(name)
-    anatomy = describe(model)
-    return model, anatomy, objective_named(None, anatomy), tiny.retrieval_data(name, model, n)
 
 
 def uneven(chosen) -> dict[str, float]:

@@ -1,32 +1,16 @@
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 import torch
-from models import tiny
+from models.tiny import digest, setting
 
 from vlprune_ext import ops
-from vlprune_ext.anatomy import describe
 from vlprune_ext.matrices import matrices
 from vlprune_ext.objectives import objective_named
 from vlprune_ext.sensitivity import EPS, first_order, perturbation, zeroth_order
 
 DRAWS = 2
 STEP = 0.05  # the rounding of two losses, 1e-7, is divided by it: at 1e-3 no fp32 result is good to 1e-5
-
-
-def digest(model) -> str:
-    sha = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        sha.update(name.encode() + value.detach().float().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def setting(name: str, n: int = 6):
-    model = tiny.build(name)
-    anatomy = describe(model)
-    return model, anatomy, objective_named(None, anatomy), tiny.retrieval_data(name, model, n)
 
 
 @torch.no_grad()

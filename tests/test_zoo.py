@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import re
-import sys
 import warnings
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from vlprune_ext.zoo.digit_scenes import (
     split_indices,
 )
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_zoo.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +73,9 @@ def llava_processor(llava_folder):
 
 @pytest.fixture(scope="module")
 def train_zoo():
-    spec = importlib.util.spec_from_file_location("train_zoo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    sys.modules["train_zoo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    yield module
-    del sys.modules["train_zoo"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield importlib.import_module("train_zoo")
 
 
 # --- digits and scenes -----------------------------------------------------------------------------------------------
@@ -449,7 +443,7 @@ def test_texts_packed_behind_one_picture_cost_what_they_cost_alone(llava, train_
 def test_training_is_deterministic_and_leaves_a_loadable_folder(
     train_zoo, tmp_path, monkeypatch, capsys, name, kind, score
 ):
-    monkeypatch.setattr(train_zoo, "EVALUATED", 20)
+    monkeypatch.setattr(train_zoo.Recipe, "evaluated", 20)
     threads = torch.get_num_threads()
     stages = [train_zoo.Stage(steps=2, batch=8, objects=(1, 2), alike=alike, rate=1e-3) for alike in (1, 4)]
     try:

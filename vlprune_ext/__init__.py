@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .data import Data, load_data
     from .distillation import distill
     from .interventions import DropHead, DropLayer, DropNeurons, PerturbWeight
-    from .methods import ECoFLaP, Magnitude, MoPE, Random, Taylor
+    from .methods import ECoFLaP, GlobalMagnitude, Magnitude, MoPE, Random, SparseGPT, Taylor, Wanda
     from .objectives import Contrastive, LMLoss, Objective, Retrieval, ZeroShot
     from .pipeline import Result, evaluate, measure, plan_cost, prune, prune_weights
     from .plan import Module, Plan, Scores
@@ -36,10 +36,13 @@ _HOMES = {
     "DropNeurons": "interventions",
     "PerturbWeight": "interventions",
     "ECoFLaP": "methods",
+    "GlobalMagnitude": "methods",
     "Magnitude": "methods",
     "MoPE": "methods",
     "Random": "methods",
+    "SparseGPT": "methods",
     "Taylor": "methods",
+    "Wanda": "methods",
     "Contrastive": "objectives",
     "LMLoss": "objectives",
     "Objective": "objectives",

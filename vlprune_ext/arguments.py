@@ -15,6 +15,7 @@ from .terminal import UsageError, usage, working
 
 if TYPE_CHECKING:
     from .data import Data
+    from .methods.ecoflap import ECoFLaP
     from .methods.structured import Structured
     from .models import Loaded
 
@@ -39,6 +40,13 @@ def _kinds(text: str) -> tuple[str, ...]:
 
     with usage():
         return check_kinds(_names(text))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(share) for share in _names(text))
+    except ValueError:
+        raise UsageError(f"--sparsity: {text!r}, expected shares separated by commas, such as 0.5 or 0.5,0.6") from None
 
 
 def new_file(path: Path | None) -> Path | None:
@@ -86,6 +94,14 @@ Objective = Annotated[
         show_default=False,
     ),
 ]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        callback=_objective,
+        help="Objective of the numbers before and after, for instance exact_match; by default what suits the model.",
+        show_default=False,
+    ),
+]
 Modules = Annotated[Any, typer.Option(parser=_kinds, metavar="KINDS", help="Some of head, cross_head, neurons, layer.")]
 Towers = Annotated[
     Any,
@@ -98,6 +114,16 @@ Towers = Annotated[
 ]
 Group = Annotated[int, typer.Option("--neurons-per-group", min=1, help="Neurons that are removed together.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples run at once.")]
+Sparsity = Annotated[
+    Any,
+    typer.Option(
+        parser=_shares,
+        metavar="SHARES",
+        help="ecoflap and its like: share of weights zeroed; of several, the first is kept, the others compared.",
+        show_default="0.5",
+        rich_help_panel="Fields of the method",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (that of the files).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
@@ -129,7 +155,8 @@ def read_model(name: str, device: str, dtype: str) -> Loaded:
 def read_data(
     loaded: Loaded, source: str, split: str, limit: int | None, seed: int, objective: str | None = None
 ) -> Data:
-    from .data import DIGITS_CLASSES, load_data
+    from .data import load_data
+    from .data.digits import DIGITS_CLASSES
 
     with working("reading the data"):
         data = load_data(source, split, model=loaded.model, processor=loaded.processor, limit=limit, seed=seed)
@@ -141,8 +168,13 @@ def read_data(
     return data
 
 
-def chosen_methods(context: typer.Context, names: Sequence[str], settings: Sequence[str]) -> list[Structured]:
-    """The methods of these names; each takes those options and settings that are fields of it."""
+def chosen_methods(
+    context: typer.Context, names: Sequence[str], settings: Sequence[str]
+) -> dict[str, Structured | ECoFLaP]:
+    """The methods of these names, by what tells them apart; each takes the options and settings that are its fields.
+
+    Where several sparsities are given, one method for each.
+    """
     from .methods import METHODS
 
     for name in names:
@@ -164,5 +196,15 @@ def chosen_methods(context: typer.Context, names: Sequence[str], settings: Seque
             given[key] = json.loads(text)
         except json.JSONDecodeError:
             given[key] = text
+    sparsities = given.pop("sparsity", None) or (None,)
+    chosen = {}
     with usage():
-        return [method(**{k: given[k] for k in fields[name] & given.keys()}) for name, method in classes.items()]
+        for name, method in classes.items():
+            own = {k: given[k] for k in fields[name] & given.keys()}
+            if "sparsity" not in fields[name] or sparsities == (None,):
+                chosen[method.__name__] = method(**own)
+                continue
+            for sparsity in sparsities:
+                label = f"{method.__name__} {sparsity:g}" if len(sparsities) > 1 else method.__name__
+                chosen[label] = method(sparsity=sparsity, **own)
+    return chosen

@@ -26,10 +26,12 @@ from .arguments import (
     Group,
     Json,
     Limit,
+    Metric,
     Model,
     Modules,
     Objective,
     Seed,
+    Sparsity,
     Split,
     Towers,
     chosen_methods,
@@ -43,6 +45,7 @@ from .arguments import (
 from .terminal import Commands, UsageError, before_after, note, quiet, show, show_json, table, working
 
 if TYPE_CHECKING:
+    from .methods.ecoflap import ECoFLaP
     from .methods.structured import Structured
     from .pipeline import Result
     from .plan import Plan
@@ -69,27 +72,33 @@ def _example(text: str) -> str:
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_example("vlprune demo --out pruned/clip-digits-mope --report report.html"))
+@app.command(epilog=_example("vlprune demo --out pruned --report report.html"))
 def demo(
-    out: Annotated[Path, typer.Option(callback=new_folder, help="Folder for the pruned model.")] = Path(
-        "pruned/clip-digits-mope"
-    ),
-    report: Annotated[Path, typer.Option(callback=new_file, help="HTML report.")] = Path("report.html"),
-    keep: Annotated[float, typer.Option(help="Share of heads and neurons to keep.")] = 0.5,
+    out: Annotated[Path, typer.Option(callback=new_folder, help="Folder for the two pruned models.")] = Path("pruned"),
+    report: Annotated[
+        Path, typer.Option(callback=new_file, help="HTML report; that of the LLaVA goes beside it.")
+    ] = Path("report.html"),
+    keep: Annotated[float, typer.Option(help="Share of the CLIP's heads and neurons to keep.")] = 0.5,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score, prune, save, reload and measure the small trained CLIP that is shipped; a few minutes on two cores."""
+    """Score, prune, save, reload and measure the small trained models that are shipped; a few minutes on two cores."""
     if not 0 < keep < 1:
         raise UsageError(f"--keep: {keep}, expected a share between 0 and 1")
     quiet()
-    from .demo import run
+    from .demo import CLIP, LLAVA, run_clip, run_llava
 
-    outcome = run(out, report, keep=keep, working=working, say=note)
+    folders = {CLIP: out / "clip-digits-mope", LLAVA: out / "llava-digits-ecoflap"}
+    pages = {CLIP: report, LLAVA: report.with_name(f"{report.stem}-llava{report.suffix}")}
+    outcomes = {CLIP: run_clip(folders[CLIP], pages[CLIP], keep=keep, working=working, say=note)}
+    if not json:
+        show("", before_after(outcomes[CLIP].result, outcomes[CLIP].comparisons), "")
+    outcomes[LLAVA] = run_llava(folders[LLAVA], pages[LLAVA], working=working, say=note)
     if json:
-        show_json(outcome.as_dict())
-    else:
-        show("", before_after(outcome.result, outcome.comparisons), "", f"model   {out}", f"report  {report}")
+        show_json({name: outcome.as_dict() for name, outcome in outcomes.items()})
+        return
+    show("", before_after(outcomes[LLAVA].result, outcomes[LLAVA].comparisons), "")
+    show(*(f"{name:12s}  {folders[name]}  {pages[name]}" for name in outcomes))
 
 
 @app.command(epilog=_example("vlprune score clip-digits --data digits --modules head,neurons,layer --out scores.csv"))
@@ -163,7 +172,8 @@ def prune(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="mope, ecoflap, magnitude, random or taylor. Several: the first is kept, the others compared.",
+            help="mope, magnitude, random or taylor; ecoflap, wanda, sparsegpt or globalmagnitude. Several: the first "
+            "is kept, the others compared.",
             show_default="mope",
         ),
     ] = None,
@@ -181,10 +191,14 @@ def prune(
     limit: Limit = 300,
     test_data: Annotated[
         str | None,
-        typer.Option(help="Data for the numbers before and after; 'digits' where --data is.", show_default=False),
+        typer.Option(
+            help="Data for the numbers before and after; --data where that has a split of this name.",
+            show_default=False,
+        ),
     ] = None,
     test_split: Annotated[str, typer.Option(help="Its split.")] = "test",
     test_limit: Annotated[int | None, typer.Option(min=1, help="Its number of images.", show_default=False)] = None,
+    metric: Metric = None,
     objective: Objective = None,
     towers: Towers = None,
     keep_heads: Annotated[float | None, method_field("Share of heads kept.", "0.5")] = None,
@@ -194,10 +208,10 @@ def prune(
     scope: Annotated[str | None, method_field("layer, kind, tower or model: who competes.", "tower")] = None,
     steps: Annotated[int | None, method_field("Rounds of scoring and removing.", "method's")] = None,
     neurons_per_group: Annotated[int | None, method_field("Neurons that are removed together.", "64")] = None,
-    sparsity: Annotated[float | None, method_field("ecoflap: share of weights zeroed.", "0.5")] = None,
+    sparsity: Sparsity = None,
     estimator: Annotated[
         str | None,
-        method_field("ecoflap: zeroth-order, first-order, outliers or uniform.", "zeroth-order"),
+        method_field("ecoflap: zeroth-order, first-order, outliers, magnitude or uniform.", "zeroth-order"),
     ] = None,
     criterion: Annotated[str | None, method_field("ecoflap: wanda, magnitude, ria or sparsegpt.", "wanda")] = None,
     pattern: Annotated[str | None, method_field("ecoflap: unstructured, or n:m zeros.", "unstructured")] = None,
@@ -235,25 +249,40 @@ def prune(
     quiet()
     import vlprune_ext as vp
 
+    from .data.digits import DIGITS, DIGITS_QUESTIONS
     from .pipeline import recover
     from .report import applied_plan, cut_summary, method_name, save_record, write_report
     from .surgery import MODES
 
     one_of("--mode", mode, MODES)
-    ways: dict[str, Structured | Plan] = {str(path): vp.Plan.load(path) for path in plans or []}
+    ways: dict[str, Structured | ECoFLaP | Plan] = {str(path): vp.Plan.load(path) for path in plans or []}
     names = methods or ([] if ways else ["mope"])
-    ways |= {type(way).__name__: way for way in chosen_methods(context, names, settings or [])}
+    ways |= chosen_methods(context, names, settings or [])
     loaded = read_model(model, device, dtype)
     calibration = read_data(loaded, data, split, limit, seed, objective)
-    if test_data is None and data == "digits":
+    if test_data is None and data in (DIGITS, DIGITS_QUESTIONS):
         test_data = data
     test = None if test_data is None else read_data(loaded, test_data, test_split, test_limit, seed)
 
+    scores: dict[type, Any] = {}  # of a method: the same for every sparsity
+
     def pruned(subject: Any, name: str) -> Result:
+        way = ways[name]
         with working(f"pruning by {name}") as progress:
-            return vp.prune(
-                subject, calibration, ways[name], evaluation=test, mode=mode, round_to=round_to, progress=progress
+            done = vp.prune(
+                subject,
+                calibration,
+                way,
+                evaluation=test,
+                metric=metric,
+                scores=scores.get(type(way)),
+                mode=mode,
+                round_to=round_to,
+                progress=progress,
             )
+        if isinstance(way, vp.ECoFLaP):
+            scores[type(way)] = done.scores
+        return done
 
     first, *others = ways
     comparisons = {name: pruned(copy.deepcopy(loaded.model), name).after for name in others}
@@ -264,7 +293,15 @@ def prune(
         train = read_data(loaded, data, "train", None, seed)
         with working("distilling") as progress:
             result = recover(
-                result, teacher, train, calibration, evaluation=test, steps=distill_steps, seed=seed, progress=progress
+                result,
+                teacher,
+                train,
+                calibration,
+                evaluation=test,
+                metric=metric,
+                steps=distill_steps,
+                seed=seed,
+                progress=progress,
             )
     if out is not None:
         result.save(out, processor=loaded.processor)

@@ -1,4 +1,8 @@
-"""The demonstration: a small trained CLIP scored, pruned, saved, reloaded and measured."""
+"""The demonstration: the small trained models pruned, saved, reloaded and measured.
+
+A CLIP loses heads and neurons that MoPE scores by leaving them out; a LLaVA loses weights where ECoFLaP finds that its
+loss depends on them least.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import load_pruned
-from .data import load_data
+from .data import Data, load_data
 from .distillation import distill
-from .methods import Magnitude, MoPE, Random
-from .models import load_model
+from .methods import ECoFLaP, GlobalMagnitude, Magnitude, MoPE, Random, Wanda
+from .models import Loaded, load_model
 from .pipeline import Result, evaluate, measure, plan_cost, prune
 from .replay import Progress
 from .report import cut_summary, duration, metric, save_record, si, write_report
 
-MODEL = "clip-digits"
+CLIP, LLAVA = "clip-digits", "llava-digits"
 SEED = 0
 CALIBRATION = 128  # images that are looked at to decide
 TEST = 1000  # images of digits that no other split has
 TRAIN = 4000  # images to distil on
 DISTILL_STEPS = 60
+SPARSITIES = (0.6, 0.5, 0.7)  # the first is saved
 
 Working = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass
 class Outcome:
-    """The pruning by MoPE and the rows it is shown beside."""
+    """A pruned model and the rows it is shown beside."""
 
     result: Result
     comparisons: dict[str, Any]
     seconds: float
-    cost: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
@@ -46,64 +50,120 @@ class Outcome:
             "comparisons": {name: getattr(other, "after", other) for name, other in self.comparisons.items()},
             "method": self.result.method,
             "data": self.result.data,
-            "cost": self.cost,
             "seconds": self.seconds,
         }
 
 
-def run(out: Path, report: Path, *, keep: float, working: Working, say: Callable[[str], None]) -> Outcome:
-    """Everything, in order; ``working`` opens a progress bar, ``say`` prints a line."""
+@dataclass
+class _Stage:
+    """What both halves do: read, save, and say so."""
+
+    model: str
+    source: str
+    metric: str  # an objective
+    shown: str  # of its numbers
+    working: Working
+    say: Callable[[str], None]
+
+    def read(self, **splits: int) -> tuple[Loaded, dict[str, Data]]:
+        """The model, and so many images of each split."""
+        loaded = load_model(self.model)
+        model = loaded.model
+        with self.working("reading the data"):
+            data = {
+                split: load_data(self.source, split, model=model, processor=loaded.processor, limit=limit, seed=SEED)
+                for split, limit in splits.items()
+            }
+        with self.working("measuring the dense model"):
+            quality = evaluate(model, data["test"], self.metric)[self.shown]
+        self.say(
+            f"[bold]{self.model}[/bold]  {si(sum(p.numel() for p in model.parameters()))} parameters; "
+            f"{self._name} {metric(self.shown, quality)} on {splits['test']:,} test scenes"
+        )
+        return loaded, data
+
+    def save(self, out: Path, result: Result, loaded: Loaded, test: Data) -> None:
+        """Save, load again, and see that nothing has changed."""
+        with self.working("saving and loading again"):
+            result.save(out, processor=loaded.processor)
+            again = evaluate(load_pruned(out), test, self.metric)[self.shown]
+        before = result.after[self.shown]
+        if again != before:
+            raise RuntimeError(f"{out}: {self._name} is {again} after loading, {before} before")
+        self.say(f"saved to {out}; loaded again, {self._name} is the same")
+
+    @property
+    def _name(self) -> str:
+        return self.shown.replace("_", " ")
+
+
+def run_clip(out: Path, report: Path, *, keep: float, working: Working, say: Callable[[str], None]) -> Outcome:
+    """Heads and neurons of the CLIP go; ``working`` opens a progress bar, ``say`` prints a line."""
     start = time.perf_counter()
-    loaded = load_model(MODEL)
-    dense = loaded.model
-    with working("reading the data"):
-        splits = {"calibration": CALIBRATION, "train": TRAIN, "test": TEST}
-        data = {
-            split: load_data("digits", split, model=dense, processor=loaded.processor, limit=limit, seed=SEED)
-            for split, limit in splits.items()
-        }
-    with working("measuring the dense model"):
-        recall = evaluate(dense, data["test"])
-    say(
-        f"[bold]{MODEL}[/bold]  {si(sum(p.numel() for p in dense.parameters()))} parameters; "
-        f"recall@1 {metric('recall@1', recall['recall@1'])} on {TEST:,} test scenes"
-    )
+    stage = _Stage(CLIP, "digits", "retrieval", "recall@1", working, say)
+    loaded, data = stage.read(calibration=CALIBRATION, train=TRAIN, test=TEST)
+    dense, calibration, test = loaded.model, data["calibration"], data["test"]
 
     method = MoPE(keep_heads=keep, keep_neurons=keep)
-    cost = plan_cost(dense, data["calibration"], neurons_per_group=method.neurons_per_group, steps=method.steps)
+    cost = plan_cost(dense, calibration, neurons_per_group=method.neurons_per_group, steps=method.steps)
     say(
         f"scoring {cost['modules']} modules in {method.steps} rounds: {cost['block_runs']:,} block runs by replay, "
         f"{cost['naive_block_runs']:,} naively"
     )
-
     comparisons: dict[str, Any] = {}
     for other in (Random(keep_heads=keep, keep_neurons=keep, seed=SEED), Magnitude(keep_heads=keep, keep_neurons=keep)):
         name = type(other).__name__
         with working(f"pruning by {name}") as progress:
-            comparisons[name] = prune(
-                copy.deepcopy(dense), data["calibration"], other, evaluation=data["test"], progress=progress
-            )
+            comparisons[name] = prune(copy.deepcopy(dense), calibration, other, evaluation=test, progress=progress)
     began = time.perf_counter()
     with working("pruning by MoPE") as progress:
-        result = prune(copy.deepcopy(dense), data["calibration"], method, evaluation=data["test"], progress=progress)
+        result = prune(copy.deepcopy(dense), calibration, method, evaluation=test, progress=progress)
     say(f"MoPE removed {cut_summary(result.plan)} in {duration(time.perf_counter() - began)}")
-
-    with working("saving and loading again"):
-        result.save(out, processor=loaded.processor)
-        again = evaluate(load_pruned(out), data["test"])
-    if again["recall@1"] != result.after["recall@1"]:
-        raise RuntimeError(f"{out}: recall@1 is {again['recall@1']} after loading, {result.after['recall@1']} before")
-    say(f"saved to {out}; loaded again, recall@1 is the same")
+    stage.save(out, result, loaded, test)
 
     began = time.perf_counter()
     with working("distilling") as progress:
         student = distill(
             copy.deepcopy(result.model), dense, data["train"], steps=DISTILL_STEPS, seed=SEED, progress=progress
         )
-        comparisons["MoPE, distilled"] = {**evaluate(student, data["test"]), **measure(student, data["test"])}
+        comparisons["MoPE, distilled"] = {**evaluate(student, test), **measure(student, test)}
     say(f"distilled a copy for {DISTILL_STEPS} steps in {duration(time.perf_counter() - began)}")
 
     save_record(out, result, comparisons)
-    title = f"{MODEL}: {keep:.0%} of heads and neurons kept"
-    write_report(report, result, comparisons=comparisons, title=title)
-    return Outcome(result, comparisons, time.perf_counter() - start, cost)
+    write_report(report, result, comparisons=comparisons, title=f"{CLIP}: {keep:.0%} of heads and neurons kept")
+    return Outcome(result, comparisons, time.perf_counter() - start)
+
+
+def run_llava(out: Path, report: Path, *, working: Working, say: Callable[[str], None]) -> Outcome:
+    """Weights of the LLaVA are zeroed, at several sparsities."""
+    start = time.perf_counter()
+    stage = _Stage(LLAVA, "digits-questions", "exact_match", "exact_match", working, say)
+    loaded, data = stage.read(calibration=CALIBRATION, test=TEST)
+    calibration, test = data["calibration"], data["test"]
+    began = time.perf_counter()
+    with working("scoring by ECoFLaP") as progress:
+        scores = ECoFLaP(seed=SEED).score(loaded.model, calibration, progress=progress)
+    say(
+        f"ECoFLaP perturbed each of {len(scores)} matrices, without gradients: {scores.block_runs:,} block runs by "
+        f"replay, in {duration(time.perf_counter() - began)}"
+    )
+    results: dict[str, Result] = {}
+    for method in (ECoFLaP, Wanda, GlobalMagnitude):
+        for sparsity in SPARSITIES:
+            name = f"{method.__name__} {sparsity:g}"
+            with working(f"pruning by {name}") as progress:
+                results[name] = prune(
+                    copy.deepcopy(loaded.model),
+                    calibration,
+                    method(sparsity=sparsity, seed=SEED),
+                    evaluation=test,
+                    metric=stage.metric,
+                    scores=scores if method is ECoFLaP else None,
+                    progress=progress,
+                )
+    first, *others = results
+    result, comparisons = results[first], {name: results[name].after for name in others}
+    stage.save(out, result, loaded, test)
+    save_record(out, result, comparisons)
+    write_report(report, result, comparisons=comparisons, title=f"{LLAVA}: {SPARSITIES[0]:.0%} of the weights zeroed")
+    return Outcome(result, comparisons, time.perf_counter() - start)

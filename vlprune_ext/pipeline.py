@@ -137,6 +137,8 @@ def prune(
     method: Structured | ECoFLaP | Plan,
     *,
     evaluation: Data | None = None,
+    metric: str | Objective | None = None,
+    scores: Scores | None = None,
     mode: str = "remove",
     round_to: int = 8,
     progress: Progress | None = None,
@@ -146,18 +148,27 @@ def prune(
     data        calibration data: what the method may look at
     method      what decides; or a plan, which has decided already
     evaluation  data for the numbers before and after; None measures size and speed only
+    metric      objective whose numbers those are; None: what suits the model
+    scores      of `ECoFLaP.score`, to measure once for several sparsities; only for a method that has it
     mode        "remove": heads, neurons and layers are physically gone; "mask": their weights are zeroed
     round_to    MLP widths stay multiples of this
     """
-    before = _numbers(model, data, evaluation)
-    plan = method if isinstance(method, Plan) else method.plan(model, data, progress=progress)
+    if scores is not None and not isinstance(method, ECoFLaP):
+        raise ValueError(f"scores: given, but {type(method).__name__} measures its own")
+    before = _numbers(model, data, evaluation, metric)
+    if isinstance(method, Plan):
+        plan = method
+    elif isinstance(method, ECoFLaP):
+        plan = method.plan(model, data, scores=scores, progress=progress)
+    else:
+        plan = method.plan(model, data, progress=progress)
     apply(model, plan, data, mode=mode, round_to=round_to)
     return Result(
         model=model,
         plan=plan,
         scores=None if isinstance(method, Plan) else method.scores,
         before=before,
-        after=_numbers(model, data, evaluation),
+        after=_numbers(model, data, evaluation, metric),
         method=plan.method,
         data={"name": data.name, "split": data.split, "hash": data.hash, "samples": data.n_images},
     )
@@ -171,23 +182,24 @@ def recover(
     *,
     steps: int,
     evaluation: Data | None = None,
+    metric: str | Objective | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
     """Train the pruned model against the one it was pruned from, in place, and measure again.
 
-    train             what it is trained on
-    data, evaluation  those of `prune`
+    train                     what it is trained on
+    data, evaluation, metric  those of `prune`
     """
     from .distillation import distill  # transformers' Trainer is slow to import
 
     distill(result.model, teacher, train, steps=steps, seed=seed, progress=progress)
-    after = _numbers(result.model, data, evaluation)
+    after = _numbers(result.model, data, evaluation, metric)
     return replace(result, after=after, method={**result.method, "distill_steps": steps})
 
 
-def _numbers(model: nn.Module, data: Data, evaluation: Data | None) -> dict[str, float]:
-    quality = evaluate(model, evaluation) if evaluation is not None else {}
+def _numbers(model: nn.Module, data: Data, evaluation: Data | None, metric: str | Objective | None) -> dict[str, float]:
+    quality = evaluate(model, evaluation, metric) if evaluation is not None else {}
     return {**quality, **measure(model, evaluation or data)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import transformers
 from models import tiny
+from models.tiny import digest
 
 import vlprune_ext as vp
 from vlprune_ext.allocation import allocate, keep_count
@@ -24,13 +24,6 @@ from vlprune_ext.sensitivity import first_order, zeroth_order
 
 QUICK = {"draws": 1, "batch_size": 8}
 SAVED = ("clip", "llava", "t5", "blip2_opt")
-
-
-def digest(model) -> str:
-    sha = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        sha.update(name.encode() + value.detach().float().numpy().tobytes())
-    return sha.hexdigest()
 
 
 def load(name, n=6):

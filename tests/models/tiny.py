@@ -6,6 +6,7 @@ and norms are random too, so that nothing is right by being zero.
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vlprune_ext.anatomy import describe
 from vlprune_ext.data import Classes, Data
+from vlprune_ext.objectives import objective_named
 from vlprune_ext.plan import Plan
 
 NAMES = ("clip", "siglip", "blip_itr", "blip_vqa", "llava", "vit", "llama")
@@ -317,6 +319,21 @@ def retrieval_data(name: str, model: nn.Module, n: int = 6, seed: int = 0, *, te
         prompts = _texts(name, 5, generator)  # two prompts for each of the first two classes, one for the third
         classes = Classes(prompts, torch.tensor([0, 0, 1, 1, 2]), ["one", "two", "three"])
     return Data(f"tiny-{name}", "calibration", images, texts, owner, classes, labels).to(model.device)
+
+
+def setting(name: str, n: int = 6):
+    """A model, its anatomy, the objective it gets if none is asked for, and data of ``n`` images."""
+    model = build(name)
+    anatomy = describe(model)
+    return model, anatomy, objective_named(None, anatomy), retrieval_data(name, model, n)
+
+
+def digest(model: nn.Module) -> str:
+    """sha256 over the names and values of all that a model holds."""
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        sha.update(name.encode() + value.detach().float().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def whole(model: nn.Module, tower: str) -> bool:

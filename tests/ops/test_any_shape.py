@@ -10,6 +10,8 @@ from ops import test_perturb as perturb
 from ops import test_prune_nm as prune_nm
 from ops import test_prune_smallest as prune_smallest
 from ops import test_retrieval_rank as retrieval_rank
+from ops import test_share_smallest as share_smallest
+from ops.pruning import KINDS, SCALES, finite_scores
 
 from vlprune_ext import _native, ops
 
@@ -74,8 +76,8 @@ def test_column_norm_sq(n, columns, offset, weighed, isa, dtype):
     columns=st.integers(1, 200),
     offset=st.integers(0, 3),
     transposed=st.booleans(),
-    kind=st.sampled_from(sorted(prune_smallest.KINDS)),
-    scale=st.sampled_from(sorted(prune_smallest.SCALES)),
+    kind=st.sampled_from(sorted(KINDS)),
+    scale=st.sampled_from(sorted(SCALES)),
     scope=st.sampled_from(prune_smallest.SCOPES),
     isa=st.sampled_from(ISAS),
     threads=st.integers(1, 3),
@@ -83,28 +85,28 @@ def test_column_norm_sq(n, columns, offset, weighed, isa, dtype):
     data=st.data(),
 )
 def test_prune_smallest(out, columns, offset, transposed, kind, scale, scope, isa, threads, dtype, data):
-    hypothesis.assume(prune_smallest.finite_scores(kind, scale))
-    weight = prune_smallest.KINDS[kind]((out, columns + offset), dtype)[:, offset:]
+    hypothesis.assume(finite_scores(kind, scale))
+    weight = KINDS[kind]((out, columns + offset), dtype)[:, offset:]
     weight = weight.t() if transposed else weight
     k = data.draw(st.integers(0, weight.shape[1] if scope == "row" else weight.numel()))
     torch.set_num_threads(threads)
     with _native.force_isa(isa):
-        prune_smallest.check(weight, prune_smallest.SCALES[scale](weight.shape[1]), k, scope)
+        prune_smallest.check(weight, SCALES[scale](weight.shape[1]), k, scope)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(
     shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 60)), min_size=1, max_size=4),
-    kind=st.sampled_from(sorted(prune_smallest.KINDS)),
+    kind=st.sampled_from(sorted(KINDS)),
     isa=st.sampled_from(ISAS),
     data=st.data(),
 )
 def test_share_smallest(shapes, kind, isa, data):
-    weights = [prune_smallest.KINDS[kind](shape, data.draw(st.sampled_from(DTYPES))) for shape in shapes]
-    scales = [prune_smallest.SCALES[data.draw(st.sampled_from(["none", "random"]))](columns) for _, columns in shapes]
+    weights = [KINDS[kind](shape, data.draw(st.sampled_from(DTYPES))) for shape in shapes]
+    scales = [SCALES[data.draw(st.sampled_from(["none", "random"]))](columns) for _, columns in shapes]
     k = data.draw(st.integers(0, sum(weight.numel() for weight in weights)))
     with _native.force_isa(isa):
-        prune_smallest.check_share(weights, scales, k)
+        share_smallest.check(weights, scales, k)
 
 
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
@@ -113,18 +115,18 @@ def test_share_smallest(shapes, kind, isa, data):
     groups=st.integers(1, 20),
     m=st.integers(2, 20),
     offset=st.integers(0, 3),
-    kind=st.sampled_from(sorted(prune_smallest.KINDS)),
-    scale=st.sampled_from(sorted(prune_smallest.SCALES)),
+    kind=st.sampled_from(sorted(KINDS)),
+    scale=st.sampled_from(sorted(SCALES)),
     isa=st.sampled_from(ISAS),
     dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
 def test_prune_nm(out, groups, m, offset, kind, scale, isa, dtype, data):
-    hypothesis.assume(prune_smallest.finite_scores(kind, scale))
-    weight = prune_smallest.KINDS[kind]((out, groups * m + offset), dtype)[:, offset:]
+    hypothesis.assume(finite_scores(kind, scale))
+    weight = KINDS[kind]((out, groups * m + offset), dtype)[:, offset:]
     n = data.draw(st.integers(1, m - 1))
     with _native.force_isa(isa):
-        prune_nm.check(weight, prune_smallest.SCALES[scale](groups * m), n, m)
+        prune_nm.check(weight, SCALES[scale](groups * m), n, m)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)

@@ -6,47 +6,56 @@ import itertools
 
 import pytest
 import torch
-from ops.test_prune_smallest import (
-    INF,
+from ops import pruning
+from ops.pruning import (
     ISAS,
     KINDS,
-    NAN,
     SCALES,
-    assert_dropped,
+    Op,
     bits,
-    changed,
+    check_compiled,
+    check_cuda_graph,
+    check_forms,
+    check_mask_past_2_31,
+    check_mixed_devices,
+    check_overlapping_rows,
+    check_refused,
     finite_scores,
     metric,
+    nan_patterns,
+    nothing_written_beside,
+    rows_far_apart,
     to,
 )
 
 from vlprune_ext import _native, ops, reference
 
 NM = [(1, 2), (2, 4), (3, 4), (1, 4), (4, 8), (5, 16), (2, 3), (5, 11), (40, 100)]
+NAME = "{0[0]}:{0[1]}".format
 
 
 def first_of_sorts(weight, scale, n, m):
     """[out, in] bool on the CPU."""
-    scores = metric(weight.cpu(), to("cpu", scale)).reshape(weight.shape[0], -1, m)
+    scores = metric(weight, scale).reshape(weight.shape[0], -1, m)
     order = torch.sort(scores, dim=-1, stable=True)[1][..., :n]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True).view(weight.shape)
 
 
+def of_neighbours(n, m, module=ops):
+    return Op(
+        f"{n}:{m}",
+        lambda weight, scale: module.prune_nm_(weight, scale, n, m),
+        lambda weight, scale: module.nm_mask(weight, scale, n, m),
+        lambda weight, scale: first_of_sorts(weight, scale, n, m),
+    )
+
+
 def check(weight, scale, n, m, what="", dropped=None):
     """Both forms, against the sorts; leaves ``weight`` pruned."""
-    before = weight.clone()
-    dropped = first_of_sorts(weight, scale, n, m) if dropped is None else dropped
-    what = f"{what} {n}:{m} {list(weight.shape)}"
-    mask = ops.nm_mask(weight, scale, n, m)
-    assert mask.dtype == torch.bool, what
-    assert mask.device == weight.device, what
-    assert torch.equal(mask.cpu(), dropped), what
-    assert torch.equal(bits(weight), bits(before)), f"the mask form wrote: {what}"
-    assert ops.prune_nm_(weight, scale, n, m) is weight
-    assert_dropped(weight, before, dropped, what)
+    check_forms(of_neighbours(n, m), weight, scale, what, dropped)
 
 
-@pytest.mark.parametrize("nm", NM, ids=lambda nm: "{}:{}".format(*nm))
+@pytest.mark.parametrize("nm", NM, ids=NAME)
 def test_equals_stable_sorts(nm, dtype, device):
     n, m = nm
     for kind, name in itertools.product(KINDS, SCALES):
@@ -56,7 +65,7 @@ def test_equals_stable_sorts(nm, dtype, device):
             check(weight, scale, n, m, f"{kind}, scale {name}")
 
 
-@pytest.mark.parametrize("nm", NM, ids=lambda nm: "{}:{}".format(*nm))
+@pytest.mark.parametrize("nm", NM, ids=NAME)
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa, nm, dtype):
     """Whole vectors of 8 or 16 keys, and what is left behind them."""
@@ -109,7 +118,7 @@ def test_every_thread_count(isa, threads, dtype):
             check(KINDS[kind]((23, 132), dtype), scale, n, m, kind)
 
 
-@pytest.mark.parametrize("nm", [(2, 4), (1, 3)], ids=lambda nm: "{}:{}".format(*nm))
+@pytest.mark.parametrize("nm", [(2, 4), (1, 3)], ids=NAME)
 def test_strides(nm, dtype, device):
     """Rows far apart, an odd start, a transposed weight, every other column, a strided scale; around it, no write."""
     n, m = nm
@@ -122,10 +131,8 @@ def test_strides(nm, dtype, device):
         wide = KINDS[kind]((12, 50), dtype).to(device)
         weight = view(wide)
         scale = (torch.rand(2 * weight.shape[1], device=device) + 0.5)[::2]
-        expected = bits(wide).clone()
-        view(expected).masked_fill_(first_of_sorts(weight, scale, n, m).to(device), 0)
-        check(weight, scale, n, m, name)
-        assert torch.equal(bits(wide), expected), f"{name}: wrote beside the weight"
+        with nothing_written_beside(view, wide, name):
+            check(weight, scale, n, m, name)
 
 
 def test_the_whole_mask_is_written(dtype, device):
@@ -136,16 +143,12 @@ def test_the_whole_mask_is_written(dtype, device):
         assert torch.equal(mask.cpu(), first_of_sorts(weight, None, n, m)), (n, m)
 
 
-@pytest.mark.parametrize("nm", NM, ids=lambda nm: "{}:{}".format(*nm))
+@pytest.mark.parametrize("nm", NM, ids=NAME)
 def test_reference_equals_stable_sorts(nm, dtype, device):
     n, m = nm
     for kind in KINDS:
         weight, scale = KINDS[kind]((4, 3 * m), dtype).to(device), SCALES["random"](3 * m).to(device)
-        dropped = first_of_sorts(weight, scale, n, m)
-        assert torch.equal(reference.nm_mask(weight, scale, n, m).cpu(), dropped)
-        before = weight.clone()
-        assert reference.prune_nm_(weight, scale, n, m) is weight
-        assert_dropped(weight, before, dropped, kind)
+        check_forms(of_neighbours(n, m, reference), weight, scale, kind)
 
 
 def test_empty(dtype, device):
@@ -155,12 +158,12 @@ def test_empty(dtype, device):
         assert ops.nm_mask(weight, None, 2, 4).shape == shape
 
 
-@pytest.mark.parametrize("nm", NM, ids=lambda nm: "{}:{}".format(*nm))
+@pytest.mark.parametrize("nm", NM, ids=NAME)
 @pytest.mark.parametrize("isa", ISAS)
 def test_unchecked_nan_is_the_largest_score(isa, nm, dtype):
     """What a compiled graph sees: the op without the look at the data. All of a NaN's bit patterns."""
     n, m = nm
-    for pattern in [0x7FFFFFFF, -1, 0x7F800001] if dtype == torch.float32 else [0x7FFF, -1, 0x7FC1]:
+    for pattern in nan_patterns(dtype):
         weight = torch.full((3, m * 12), torch.inf, dtype=dtype)
         weight.view(-1, m)[::3, -1] = 1
         place = torch.stack([torch.randperm(m)[: m - n] for _ in range(36)])
@@ -186,124 +189,59 @@ def test_compile_fullgraph(device):
         ops.prune_nm_(weight, None, 1, 3)  # an argument, too, is written
         return doubled + 1, ops.nm_mask(weight + 1, scale, 5, 6)
 
-    of_compiled, of_eager = weight.clone(), weight.clone()
-    compiled = torch.compile(prune, fullgraph=True, backend="aot_eager")(of_compiled, scale)
-    eager = prune(of_eager, scale)
-    assert torch.equal(compiled[0], eager[0])
-    assert torch.equal(compiled[1], eager[1])
-    assert torch.equal(bits(of_compiled), bits(of_eager))
-    assert not torch.equal(of_eager, weight)
+    check_compiled(prune, weight, scale)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("nm", NM, ids=lambda nm: "{}:{}".format(*nm))
+@pytest.mark.parametrize("nm", NM, ids=NAME)
 def test_cuda_graph(nm, dtype):
-    n, m = nm
-    source, scale = KINDS["few values"]((40, 7 * m), dtype).cuda(), SCALES["some zero"](7 * m).cuda()
-    weight = source.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        mask = ops.nm_mask(source, scale, n, m)
-        weight.copy_(source)
-        ops.prune_nm_(weight, scale, n, m)
-    for _ in range(2):
-        mask.zero_()
-        graph.replay()
-        dropped = first_of_sorts(source, scale, n, m)
-        assert torch.equal(mask.cpu(), dropped)
-        assert_dropped(weight, source, dropped)
-        source.copy_(KINDS["random"](source.shape, dtype))
+    columns = 7 * nm[1]
+    source, scale = KINDS["few values"]((40, columns), dtype).cuda(), SCALES["some zero"](columns).cuda()
+    check_cuda_graph(of_neighbours(*nm), source, scale)
 
 
 @pytest.mark.large
 def test_rows_past_2_31_elements(device):
-    """Rows that lie so far apart that the last starts past 2**31 elements."""
     for (n, m), columns in itertools.product(((2, 4), (2, 3)), (12, 72)):
-        stride = 2**31 // 4 + 1
-        storage = torch.empty(4 * stride + columns, dtype=torch.bfloat16, device=device)
-        apart = storage.as_strided((5, columns), (stride, 1))
-        apart.copy_(KINDS["few values"]((5, columns), torch.bfloat16))
-        check(apart, None, n, m)
-        del storage, apart
+        check(rows_far_apart(KINDS["few values"]((5, columns), torch.bfloat16).to(device)), None, n, m)
 
 
 @pytest.mark.large
 def test_mask_past_2_31_elements(device):
-    """One row, expanded: a mask of 2**31 + 2**16 bytes, the weight next to nothing."""
-    columns = 1 << 16
-    weight = KINDS["few values"]((1, columns), torch.float16).to(device)
-    expected = first_of_sorts(weight, None, 2, 4)[0].to(device)
-    mask = ops.nm_mask(weight.expand(2**31 // columns + 1, columns), None, 2, 4)
-    assert mask.numel() > 2**31
-    for i in (0, 1, mask.shape[0] // 2, mask.shape[0] - 2, mask.shape[0] - 1):
-        assert torch.equal(mask[i], expected)
+    check_mask_past_2_31(of_neighbours(2, 4), KINDS["few values"]((1, 1 << 16), torch.float16).to(device))
 
 
-def bad(**changes):
-    """Arguments of a good call with some replaced."""
-    return {"weight": torch.randn(3, 8), "column_scale": torch.rand(8) + 0.1, "n": 2, "m": 4, **changes}
-
+# ---- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = [
-    (bad(weight=[[1.0]]), TypeError, r"weight is a list; expected a tensor"),
-    (bad(weight=torch.randn(3, 8).double()), TypeError, r"weight has dtype torch.float64; expected float32, float16"),
-    (bad(weight=torch.randn(8)), ValueError, r"weight has shape \[8\]; expected two dimensions \[out, in\]"),
-    (bad(weight=torch.randn(2, 3, 8)), ValueError, r"weight has shape \[2, 3, 8\]; expected two dimensions"),
-    (bad(weight=torch.randn(3, 10), column_scale=None), ValueError, r"weight has shape \[3, 10\]; .* that 4 divides"),
-    (bad(m=16), ValueError, r"weight has shape \[3, 8\]; expected a number of columns that 16 divides"),
-    (bad(column_scale=torch.rand(7)), ValueError, r"column_scale has shape \[7\]; expected \[8\] \(in, the columns of"),
-    (bad(column_scale=torch.rand(8).half()), TypeError, r"column_scale has dtype torch.float16; expected float32"),
-    (bad(column_scale=torch.rand(8, device="meta")), ValueError, r"column_scale is on meta; expected cpu"),
-    (bad(n=0), ValueError, r"n:m is 0:4; expected 0 < n < m <= 4096"),
-    (bad(n=-1), ValueError, r"n:m is -1:4; expected 0 < n < m <= 4096"),
-    (bad(n=4), ValueError, r"n:m is 4:4; expected 0 < n < m <= 4096"),
-    (bad(n=1, m=1), ValueError, r"n:m is 1:1; expected 0 < n < m <= 4096"),
-    (bad(n=2, m=-4), ValueError, r"n:m is 2:-4; expected 0 < n < m"),
-    (bad(n=1.5), TypeError, r"n is 1.5; expected an int"),
-    (bad(m="4"), TypeError, r"m is '4'; expected an int"),
+    *pruning.BAD,
     (
-        bad(column_scale=changed(torch.ones(8), 5, -1)),
+        {"weight": torch.randn(3, 10), "column_scale": None},
         ValueError,
-        r"column_scale\[5\] is -1.0; expected a finite number",
+        r"weight has shape \[3, 10\]; .* that 4 divides",
     ),
-    (
-        bad(column_scale=changed(torch.ones(8), 0, NAN)),
-        ValueError,
-        r"column_scale\[0\] is nan; expected a finite number",
-    ),
-    (
-        bad(column_scale=changed(torch.ones(8), 7, INF)),
-        ValueError,
-        r"column_scale\[7\] is inf; expected a finite number",
-    ),
-    (
-        bad(weight=changed(torch.ones(3, 8), (1, 2), NAN), column_scale=None),
-        ValueError,
-        r"weight\[1, 2\] is nan; expected a score \|w\| \* scale that is not NaN",
-    ),
-    (
-        bad(weight=changed(torch.ones(3, 8), (2, 6), INF), column_scale=changed(torch.ones(8), 6, 0)),
-        ValueError,
-        r"weight\[2, 6\] is inf with column_scale 0.0; expected a score",
-    ),
+    ({"m": 16}, ValueError, r"weight has shape \[3, 8\]; expected a number of columns that 16 divides"),
+    ({"n": 0}, ValueError, r"n:m is 0:4; expected 0 < n < m <= 4096"),
+    ({"n": -1}, ValueError, r"n:m is -1:4; expected 0 < n < m <= 4096"),
+    ({"n": 4}, ValueError, r"n:m is 4:4; expected 0 < n < m <= 4096"),
+    ({"n": 1, "m": 1}, ValueError, r"n:m is 1:1; expected 0 < n < m <= 4096"),
+    ({"n": 2, "m": -4}, ValueError, r"n:m is 2:-4; expected 0 < n < m"),
+    ({"n": 1.5}, TypeError, r"n is 1.5; expected an int"),
+    ({"m": "4"}, TypeError, r"m is '4'; expected an int"),
 ]
 
 
 @pytest.mark.parametrize("op", [ops.prune_nm_, ops.nm_mask])
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[message for _, _, message in BAD])
-def test_bad_input(arguments, error, message, op):
-    weight = arguments["weight"]
-    before = weight.clone() if isinstance(weight, torch.Tensor) else None
-    with pytest.raises(error, match=message):
-        op(**arguments)
-    if before is not None:
-        assert torch.equal(weight.view(torch.uint8), before.view(torch.uint8))
+@pytest.mark.parametrize(("changes", "error", "message"), BAD, ids=[message for _, _, message in BAD])
+def test_bad_input(changes, error, message, op):
+    check_refused(op, {**pruning.good(), "n": 2, "m": 4, **changes}, error, message)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", [ops.prune_nm_, ops.nm_mask])
 def test_mixed_devices(op):
-    with pytest.raises(ValueError, match=r"column_scale is on cpu; expected cuda:0"):
-        op(torch.ones(3, 4, device="cuda"), torch.ones(4), 2, 4)
-    with pytest.raises(ValueError, match=r"column_scale is on cuda:0; expected cpu"):
-        op(torch.ones(3, 4), torch.ones(4, device="cuda"), 2, 4)
+    check_mixed_devices(op, 2, 4)
+
+
+def test_rows_that_overlap_are_refused():
+    check_overlapping_rows(ops.prune_nm_, 2, 4)

@@ -1,0 +1,41 @@
+"""The built-in sources: scenes of digits with captions, as classes, or with questions."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from ..zoo.digit_scenes import COLOURS, PLAIN_KINDS, POSITIONS, SINGLES, DigitScenes, Question, describe
+from .records import Prompts, Record
+
+DIGITS = "digits"
+DIGITS_CLASSES = "digits-classes"
+DIGITS_QUESTIONS = "digits-questions"
+SOURCES = (DIGITS, DIGITS_CLASSES, DIGITS_QUESTIONS)
+
+_DEFAULT_SCENES = 1000
+
+
+def read_digits(source: str, split: str, limit: int | None, seed: int) -> tuple[list[Record], Prompts | None]:
+    """The scenes of one of ``SOURCES``; with prompts where their digits are classes."""
+    questions: list[Question | None] = []
+    if source != DIGITS_CLASSES:
+        scenes = DigitScenes(split, limit or _DEFAULT_SCENES, seed)
+        prompts = None
+        if source == DIGITS_QUESTIONS:
+            questions = [*scenes.asked(seed, PLAIN_KINDS)]
+    else:
+        scenes = DigitScenes(split, limit or SINGLES, seed, objects=(1,))
+        prompts = {
+            str(digit): [describe(c, digit, p) for c in range(len(COLOURS)) for p in range(len(POSITIONS))]
+            for digit in range(10)
+        }
+    records = [
+        Record(
+            open=lambda image=scene.image: Image.fromarray(image),  # type: ignore[misc]
+            texts=[question.answer if question else scene.caption],
+            label=None if prompts is None else str(scene.objects[0].digit),
+            question=question.text if question else "",
+        )
+        for scene, question in zip(scenes, questions or [None] * len(scenes), strict=True)
+    ]
+    return records, prompts

@@ -1,0 +1,95 @@
+"""Reading images and texts from a JSONL file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..zoo.digit_scenes import SPLITS
+from .records import Prompts, Record
+
+
+def read_jsonl(
+    path: Path, split: str, limit: int | None, seed: int, templates: Sequence[str]
+) -> tuple[list[Record], Prompts | None]:
+    """The images of a split, each once, with all their texts; with prompts where the lines have labels."""
+    lines = _checked_lines(path)
+    if not lines:
+        raise ValueError(f"{path} is empty, expected a line for each image")
+    for key in ("label", "split"):
+        missing = [where for where, entry in lines if key not in entry]
+        if 0 < len(missing) < len(lines):
+            raise ValueError(f"{missing[0]}: no {key!r}, which other lines have; expected it on every line or on none")
+    if "split" in lines[0][1]:
+        known = sorted({entry["split"] for _, entry in lines})
+        lines = [(where, entry) for where, entry in lines if entry["split"] == split]
+        if not lines:
+            raise ValueError(f"split is {split!r}, but {path} has {', '.join(known)}")
+    elif split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)} for {path}, whose lines name none")
+
+    merged: dict[Path, Record] = {}
+    for where, entry in lines:
+        image = path.parent / entry["image"]
+        texts = [entry["text"]] if isinstance(entry["text"], str) else entry["text"]
+        if image in merged:
+            if merged[image].label != entry.get("label"):
+                raise ValueError(f"{where}: {image} has another label here than on an earlier line")
+            merged[image].texts.extend(texts)
+        else:
+            merged[image] = Record(_opener(image, where), list(texts), entry.get("label"))
+    records = list(merged.values())
+    if limit is not None and limit < len(records):
+        chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:limit]
+        records = [records[i] for i in chosen.sort().values.tolist()]
+    if "label" not in lines[0][1]:
+        return records, None
+    # Every class of the split, also those that the limit left without an image: the task stays the same.
+    names = sorted({entry["label"] for _, entry in lines})
+    return records, {name: [template.format(name) for template in templates] for name in names}
+
+
+def _checked_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every line with its place ("file, line 3") and checked types; blank lines are skipped."""
+    lines = []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if not raw.strip():
+                continue
+            try:
+                entry = json.loads(raw.decode("utf-8-sig"))
+            except ValueError as error:  # also UnicodeDecodeError
+                raise ValueError(f"{where}: not JSON ({error})") from None
+            if not isinstance(entry, dict):
+                raise ValueError(f"{where}: a {type(entry).__name__}, expected an object with 'image' and 'text'")
+            for key in ("image", "text"):
+                if key not in entry:
+                    raise ValueError(f"{where}: no {key!r}, expected 'image' and 'text'")
+            for key in ("image", "label", "split"):
+                if key in entry and not (isinstance(entry[key], str) and entry[key]):
+                    raise ValueError(f"{where}: {key!r} is {entry[key]!r}, expected a non-empty string")
+            text = entry["text"]
+            texts = [text] if isinstance(text, str) else text
+            if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)):
+                raise ValueError(f"{where}: 'text' is {text!r}, expected a non-empty string or a list of them")
+            lines.append((where, entry))
+    return lines
+
+
+def _opener(image: Path, where: str) -> Callable[[], Image.Image]:
+    def open_image() -> Image.Image:
+        if not image.is_file():
+            raise FileNotFoundError(f"{where}: no image {image}")
+        try:
+            with Image.open(image) as opened:
+                return opened.convert("RGB")
+        except Exception as error:  # Pillow raises many kinds, none of which names the line
+            raise ValueError(f"{where}: {image} is not an image that can be read ({error})") from None
+
+    return open_image
