@@ -38,35 +38,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "magnitude, uniform": {"estimator": "uniform", "criterion": "magnitude"},
     "magnitude, global": {"estimator": "magnitude", "criterion": "magnitude", "scope": "matrix"},
     "Wanda, uniform": {"estimator": "uniform"},
-    "Wanda, uniform, DSnoT": {"estimator": "uniform", "dsnot": 50},
+    "Wanda, uniform, DSnoT, 2 exchanges": {"estimator": "uniform", "dsnot": 2},
     "RIA, uniform": {"estimator": "uniform", "criterion": "ria"},
     "SparseGPT, uniform": {"estimator": "uniform", "criterion": "sparsegpt"},
     "Wanda, OWL": {"estimator": "outliers"},
-    "ECoFLaP, first order": FIRST,
     "ECoFLaP, zeroth order": ZEROTH,
-    "ECoFLaP, zeroth order, by tower": {**ZEROTH, "per_tower": True},
-    "ECoFLaP, first order, SparseGPT": {**FIRST, "criterion": "sparsegpt"},
+    "ECoFLaP, first order": FIRST,
+    "the same, zeroth order, by block": {**ZEROTH, "granularity": "block"},
+    "the same, first order, by block and |W|": {**FIRST, "granularity": "block", "importance": "weighted"},
     "ECoFLaP, zeroth order, SparseGPT": {**ZEROTH, "criterion": "sparsegpt"},
+    "ECoFLaP, first order, SparseGPT": {**FIRST, "criterion": "sparsegpt"},
 }
 # What the defaults were chosen among, on validation. "1 x 256": draws x samples.
-ONE = {**ZEROTH, "granularity": "layer", "draws": 1}
-GRADIENT = {**FIRST, "granularity": "layer"}
 CHOICES: dict[str, dict[str, Any]] = {
-    "zeroth order, 1 x 256": ONE,
-    "zeroth order, 1 x 64": {**ONE, "samples": 64},
-    "zeroth order, 4 x 64": {**ONE, "draws": 4, "samples": 64},
-    "zeroth order, 4 x 256": {**ONE, "draws": 4},
-    "zeroth order, 1 x 256, by block": {**ONE, "granularity": "block"},
-    "zeroth order, 1 x 256, one loss of all": {**ONE, "samples_per_loss": None},
-    "zeroth order, 1 x 256, by |W|": {**ONE, "importance": "weighted"},
-    "zeroth order, 1 x 256, squared": {**ONE, "importance": "squared"},
-    "zeroth order, 1 x 256, avg": {**ONE, "aggregate": "avg"},
-    **{f"zeroth order, 1 x 256, + {above}": {**ONE, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
-    "first order": GRADIENT,
-    "first order, by block": {**GRADIENT, "granularity": "block"},
-    "first order, by the norm": {**GRADIENT, "importance": "norm"},
-    "first order, avg": {**GRADIENT, "aggregate": "avg"},
-    **{f"first order, + {above}": {**GRADIENT, "above": above} for above in (0.05, 0.15, 0.2)},
+    "zeroth order, 1 x 256": ZEROTH,
+    "zeroth order, 1 x 64": {**ZEROTH, "samples": 64},
+    "zeroth order, 4 x 64": {**ZEROTH, "draws": 4, "samples": 64},
+    "zeroth order, 4 x 256": {**ZEROTH, "draws": 4},
+    "zeroth order, 1 x 256, by block": {**ZEROTH, "granularity": "block"},
+    "zeroth order, 1 x 256, one loss of all": {**ZEROTH, "samples_per_loss": None},
+    "zeroth order, 1 x 256, by |W|": {**ZEROTH, "importance": "weighted"},
+    "zeroth order, 1 x 256, squared": {**ZEROTH, "importance": "squared"},
+    "zeroth order, 1 x 256, avg": {**ZEROTH, "aggregate": "avg"},
+    **{f"zeroth order, 1 x 256, + {above}": {**ZEROTH, "above": above} for above in (0.05, 0.15, 0.2, 0.3)},
+    "first order": {**FIRST, "importance": "weighted"},
+    "first order, by block": {**FIRST, "importance": "weighted", "granularity": "block"},
+    "first order, by the norm": FIRST,
+    "first order, avg": {**FIRST, "importance": "weighted", "aggregate": "avg"},
+    **{f"first order, + {above}": {**FIRST, "importance": "weighted", "above": above} for above in (0.05, 0.15, 0.2)},
 }
 SCORED = ("estimator", "importance", "draws", "samples", "samples_per_loss")  # what scores depend on
 
@@ -198,7 +197,7 @@ def main() -> None:
         return
     done = {key(row) for row in rows}
     for name in given.models:
-        task = Task(name, ("validation",) if given.choose else ("validation", "test"))
+        task = Task(name, (split,))
         for variant, sparsity, seed in cells(variants, given.only, given.seeds):
             row = {"model": name, "variant": variant, "sparsity": sparsity, "seed": seed}
             if key(row) not in done:

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
-from vlprune_ext.figures import cut, heat_map, number, ranking, removed_shares, svg
+from vlprune_ext import report
+from vlprune_ext.figures import (
+    cut,
+    heat_map,
+    names,
+    number,
+    place,
+    quality_against_sparsity,
+    ranking,
+    removed_shares,
+    sparsity,
+    svg,
+)
 from vlprune_ext.plan import Module, Plan, Scores
 from vlprune_ext.report import (
     Record,
@@ -17,6 +31,7 @@ from vlprune_ext.report import (
     comparison_table,
     cut_summary,
     duration,
+    extremes,
     indistinguishable,
     load_record,
     metric,
@@ -73,6 +88,19 @@ def record() -> Record:
     return make_record({"vision": 3, "text": 2})
 
 
+@pytest.fixture
+def charts(monkeypatch) -> dict:
+    """The charts that pages show, by title; the pages hold their titles in their place, which takes less time."""
+    drawn = {}
+
+    def title(figure) -> str:
+        drawn[figure.get_suptitle()] = figure
+        return f"<svg>{figure.get_suptitle()}</svg>"
+
+    monkeypatch.setattr(report, "svg", title)
+    return drawn
+
+
 class _Balance(HTMLParser):
     """Every tag that is opened is closed, in order."""
 
@@ -122,7 +150,7 @@ def test_page_is_well_formed_and_loads_nothing(record):
     assert page.count("url(") == page.count("url(#")
 
 
-def test_page_shows_the_numbers_the_method_and_the_data(record):
+def test_page_shows_the_numbers_the_method_and_the_data(record, charts):
     text = " ".join(_parse(render(record, comparisons={"Random": {**NUMBERS, "recall@1": 0.452}})).text)
     for expected in ("0.919", "0.868", "2.05 M", "1.10 M", "119 M", "Random", "0.452", "MoPE", "keep_heads", "abc123"):
         assert expected in text
@@ -131,13 +159,15 @@ def test_page_shows_the_numbers_the_method_and_the_data(record):
     assert "recall@1 went from 0.919 to 0.868" in text
 
 
-def test_titles_are_escaped(record):
+def test_titles_are_escaped(record, charts):
+    record.scores = None
     page = render(record, title="<b>&", comparisons={"<i>x</i>": NUMBERS})
     assert "<b>&" not in page
     assert "<i>x" not in page
 
 
-def test_write_report_replaces_the_file_whole(tmp_path, record):
+def test_write_report_replaces_the_file_whole(tmp_path, record, charts):
+    record.scores = None
     path = tmp_path / "r.html"
     path.write_text("old")
     write_report(path, record)
@@ -172,7 +202,7 @@ def test_heat_map_without_room_for_numbers_dots_what_may_be_zero():
     assert len(axes.lines[0].get_xdata()) == expected > 0
 
 
-def test_ranking_draws_the_cut_only_where_there_is_one(record):
+def test_ranking_draws_the_cut_only_where_there_is_one(record, charts):
     axes = ranking(record.scores, record.plan, kind="head").axes[0]
     assert [text.get_text() for text in axes.texts] == [" cut"]
     kept, gone, errors = (steps.get_data() for steps in axes.patches)
@@ -193,7 +223,7 @@ def test_charts_without_a_plan_and_with_all_scores_equal():
     assert "nan" not in svg(ranking(record.scores, kind="head")) + svg(heat_map(record.scores))
 
 
-def test_cut_counts_units_and_whole_layers(record):
+def test_cut_counts_units_and_whole_layers(record, charts):
     record.plan.add("vision", "layer", 2, [])
     kept = [4 - len(record.plan.removed("vision", "head", layer)) for layer in (0, 1)] + [0]
     axes = cut(record.plan).axes[0]
@@ -225,16 +255,17 @@ def test_a_result_without_scores_or_numbers_still_makes_a_page(record):
     assert comparison_table(bare) is None
 
 
-def test_scores_that_measured_no_samples_claim_no_error(record):
+def test_scores_that_measured_no_samples_claim_no_error(record, charts):
     record.scores.error = torch.zeros_like(record.scores.error)
     record.scores.count = torch.zeros_like(record.scores.count)
     record.scores.samples = None
     page = render(record)
     assert "standard error" not in page
-    assert "±0" not in page
+    assert "±" not in page
+    assert not any("±" in text.get_text() for text in charts["Importance of heads"].axes[0].texts)
 
 
-def test_record_survives_the_folder(tmp_path, record):
+def test_record_survives_the_folder(tmp_path, record, charts):
     pruning = {
         "plans": [{"plan": json.loads(record.plan.to_json())}],
         "measured": {"before": record.before, "after": record.after},
@@ -289,3 +320,294 @@ def test_cut_summary_lists_what_went():
     assert cut_summary(plan) == "2 of 12 heads"
     plan.add("vision", "layer", 2, [])
     assert cut_summary(plan) == "6 of 12 heads, 64 of 192 neurons and 1 of 3 layers"
+
+
+# ---- weights that are zero ------------------------------------------------------------------------------------------
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj")
+T5 = ("layer.0.SelfAttention.q", "layer.1.EncDecAttention.q", "layer.2.DenseReluDense.wi_0")
+SIZED = {"params": 1000, "nonzero": 1000}
+
+
+def sparse_plan(prefix: str, paths: tuple[str, ...], layers: int, by_block: bool = False) -> Plan:
+    """Shares that differ everywhere, or from block to block."""
+    shares = {
+        f"{prefix}.{layer}.{path}.weight": 0.4 + 0.05 * layer + (0 if by_block else 0.01 * number)
+        for layer in range(layers)
+        for number, path in enumerate(paths)
+    }
+    return Plan(shape={"text": [{"head": 4}] * layers}, sparsity=shares)
+
+
+def sparse_record(estimator: str = "first-order") -> Record:
+    """A text tower of three blocks, two matrices each; importance grows over four decades."""
+    plan = sparse_plan("model.layers", ATTENTION, 3)
+    known = estimator == "zeroth-order"
+    value = torch.logspace(-4, 0, 6, dtype=torch.float64)
+    scores = Scores(
+        modules=[Module("text", "matrix", layer, index) for layer in range(3) for index in range(2)],
+        value=value,
+        error=value / 10 if known else torch.full((6,), math.nan, dtype=torch.float64),
+        count=torch.full((6,), 64),
+        cost=torch.full((6,), 1024.0, dtype=torch.float64),
+        objective="lm_loss",
+        parameters=list(plan.sparsity),
+    )
+    plan.method = {"name": "ecoflap", "sparsity": 0.47, "estimator": estimator, "importance": None}
+    before = {"exact_match": 0.9, **SIZED, "flops": 10}
+    return Record(plan, scores, before, {**before, "exact_match": 0.85, "nonzero": 550}, plan.method)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "expected"),
+    [
+        (
+            "vision_model.encoder.layers.10.self_attn.q_proj.weight",
+            ("vision_model.encoder.layers", 10, "self_attn.q_proj"),
+        ),
+        (
+            "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+            ("model.vision_tower.vision_model.encoder.layers", 0, "mlp.fc1"),
+        ),
+        ("encoder.block.3.layer.0.SelfAttention.q.weight", ("encoder.block", 3, "layer.0.SelfAttention.q")),
+        (
+            "qformer.encoder.layer.1.attention.attention.query.weight",
+            ("qformer.encoder.layer", 1, "attention.attention.query"),
+        ),
+    ],
+)
+def test_names_of_parameters_say_where_a_matrix_stands(parameter, expected):
+    assert place(parameter) == expected
+
+
+@pytest.mark.parametrize("parameter", ["visual_projection.weight", "layers.3.weight", "layers.3.fc1.bias", ""])
+def test_other_names_are_refused(parameter):
+    with pytest.raises(ValueError, match="not the name of a weight in a numbered block"):
+        sparsity(Plan({}, sparsity={parameter: 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "paths", "labels"),
+    [
+        ("text_model.encoder.layers", ATTENTION, ["q_proj", "k_proj"]),
+        ("decoder.block", T5, ["SelfAttention.q", "EncDecAttention.q", "wi_0"]),
+        (
+            "qformer.encoder.layer",
+            ("attention.output.dense", "output.dense"),
+            ["attention.output.dense", "output.dense"],
+        ),
+    ],
+)
+def test_sparsity_draws_the_shares_of_the_plan(prefix, paths, labels):
+    plan = sparse_plan(prefix, paths, 4)
+    axes, _ = sparsity(plan).axes
+    assert axes.get_title("left") == prefix
+    assert [label.get_text() for label in axes.get_yticklabels()] == labels
+    drawn = axes.images[0].get_array()
+    assert drawn.shape == (len(paths), 4)
+    for row, path in enumerate(paths):
+        for layer in range(4):
+            assert drawn[row, layer] == plan.sparsity[f"{prefix}.{layer}.{path}.weight"]
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written[(3, 1)] == "56"
+    assert len(written) == drawn.size
+
+
+def test_sparsity_has_a_panel_a_tower_and_one_row_where_blocks_are_alike():
+    plan = sparse_plan("text_model.encoder.layers", ATTENTION, 3, by_block=True)
+    plan.sparsity |= sparse_plan("vision_model.encoder.layers", ATTENTION, 2).sparsity
+    text, vision, colours = sparsity(plan).axes
+    assert [label.get_text() for label in text.get_yticklabels()] == ["all matrices"]
+    assert text.images[0].get_array().tolist() == [pytest.approx([0.4, 0.45, 0.5])]
+    assert vision.images[0].get_array().shape == (2, 2)
+    assert text.images[0].get_clim() == vision.images[0].get_clim() == pytest.approx((0.4, 0.5))
+    assert "46%" in [label.get_text() for label in colours.get_xticklabels()]
+
+
+def test_sparsity_leaves_blank_what_is_not_pruned_and_writes_only_where_there_is_room():
+    plan = sparse_plan("layers", ATTENTION, 3)
+    del plan.sparsity["layers.1.self_attn.k_proj.weight"]
+    axes = sparsity(plan).axes[0]
+    assert axes.images[0].get_array().mask.tolist() == [[False] * 3, [False, True, False]]
+    assert (1, 1) not in [text.get_position() for text in axes.texts]
+    assert len(sparsity(sparse_plan("layers", ATTENTION, 32)).axes[0].texts) == 64
+    assert not sparsity(sparse_plan("layers", ATTENTION, 48, by_block=True)).axes[0].texts
+    with pytest.raises(ValueError, match="no matrix has a sparsity"):
+        sparsity(Plan({}))
+
+
+def test_heat_map_of_matrices_names_them_and_shows_errors_only_where_known():
+    scores = sparse_record("zeroth-order").scores
+    axes, colours = heat_map(scores, kind="matrix").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["q_proj", "k_proj"]
+    assert (axes.get_title("left"), axes.get_xlabel()) == ("text", "")
+    assert axes.images[0].get_array().flatten().tolist() == scores.value.tolist()
+    assert [text.get_text() for text in axes.texts][::5] == ["0.00010\n±1.0e\N{MINUS SIGN}05", "1.0\n±0.10"]
+    assert colours.get_xlim()[0] == 0
+    axes = heat_map(sparse_record().scores, kind="matrix").axes[0]
+    assert [text.get_text() for text in axes.texts][::5] == ["0.00010", "1.0"]
+
+
+def test_heat_map_numbers_matrices_where_blocks_differ():
+    scores = sparse_record().scores
+    scores.parameters[-1] = "model.layers.2.mlp.fc1.weight"
+    axes = heat_map(scores, kind="matrix").axes[0]
+    assert axes.get_xlabel() == "matrix"
+    assert "q_proj" not in [label.get_text() for label in axes.get_xticklabels()]
+
+
+def test_ranking_of_matrices_hatches_nothing():
+    record = sparse_record("zeroth-order")
+    axes = ranking(record.scores, record.plan, kind="matrix").axes[0]
+    kept, gone, errors = (steps.get_data() for steps in axes.patches)
+    assert kept.values.tolist() == gone.values.tolist() == gone.baseline.tolist() == record.scores.value.tolist()
+    assert (errors.values - errors.baseline).tolist() == pytest.approx((record.scores.value / 5).tolist())
+    assert [label.get_text() for label in axes.get_xticklabels()][:2] == ["text.0.q_proj", "text.0.k_proj"]
+    assert not axes.texts
+    assert axes.get_ylim()[0] == 0
+    record = sparse_record()
+    assert removed_shares(record.scores, record.plan) == [0.0] * 6
+    errors = ranking(record.scores, kind="matrix").axes[0].patches[2].get_data()
+    assert (errors.values == errors.baseline).all()
+
+
+def test_extremes_name_matrices_and_claim_no_error_where_none_is_known():
+    record = sparse_record()
+    (_, least), (_, most) = extremes(record.scores, record.plan)
+    assert (
+        [row["module"] for row in least]
+        == ["text.0.q_proj", "text.0.k_proj", "text.1.q_proj"]
+        == names(record.scores)[:3]
+    )
+    assert most[0]["module"] == "text.2.k_proj"
+    assert (most[0]["error"], most[0]["cost"], most[0]["removed"]) == ("\N{EN DASH}", "1.02 k", False)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "importance", "expected"),
+    [
+        ("first-order", None, "the loss L (lm_loss) depends on each matrix: the sum of |w| |∂L/∂w|"),
+        ("first-order", "norm", "depends on each matrix: the mean |∂L/∂w|"),
+        ("zeroth-order", None, "depends on each matrix: the mean |L(W + εz)"),
+        ("zeroth-order", "weighted", "depends on each matrix: the sum of |w| times the mean |L(W + εz)"),
+        ("zeroth-order", "squared", "depends on each matrix: the sum of w² times the square of the mean |L(W + εz)"),
+        ("outliers", None, "How many weights w of each matrix have |w| ‖x‖, where x is their input, above 5 times"),
+        ("mine", None, "depends on each matrix."),
+    ],
+)
+def test_page_says_what_the_scores_of_matrices_are(charts, estimator, importance, expected):
+    record = sparse_record(estimator)
+    record.method = {**record.method, "importance": importance}
+    page = render(record)
+    assert expected in page
+    assert ("one standard error" in page) == ("± s.e." in page) == (estimator == "zeroth-order")
+    for wrong in ("left out", "Hatched", "removed", "per sample"):
+        assert wrong not in page[page.index("<main>") :]
+    assert "<td>matrices scored</td><td>6</td>" in page
+
+
+def test_page_shows_only_what_happened(charts, record):
+    render(replace(record, scores=None))
+    assert list(charts) == ["Units kept in every block"]
+    charts.clear()
+    render(replace(sparse_record(), scores=None))
+    assert list(charts) == ["Share of every matrix that is zero"]
+    charts.clear()
+    both = Plan(record.plan.shape, heads=record.plan.heads, sparsity=sparse_record().plan.sparsity)
+    text = " ".join(_parse(render(Record(both))).text)
+    assert "What was cut" in text
+    assert "Sparsity of every block" in text
+    charts.clear()
+    untouched = Plan(both.shape, heads={"vision": {0: []}}, sparsity=dict.fromkeys(both.sparsity, 0.0))
+    text = " ".join(_parse(render(Record(untouched))).text)
+    assert not charts
+    assert "removed nothing" in text
+    assert "What was cut" not in text
+    assert "Sparsity of every block" not in text
+
+
+def test_page_of_a_sparse_model_is_well_formed():
+    page = render(sparse_record("zeroth-order"), comparisons={"Wanda 0.6": {"exact_match": 0.7, "nonzero": 400}})
+    parser = _parse(page)
+    assert len(parser.ids) == len(set(parser.ids))
+    assert page.count("<svg") == 4
+    assert "nan" not in page
+
+
+def test_sparse_records_survive_the_folder(tmp_path, charts):
+    record = sparse_record()
+    plan = json.loads(record.plan.to_json())
+    measured = {"before": record.before, "after": record.after}
+    pruning = {"plans": [{"plan": plan}], "measured": measured, "method": record.method, "data": {}}
+    (tmp_path / "pruning.json").write_text(json.dumps(pruning))
+    save_record(tmp_path, record)
+    again, _ = load_record(tmp_path)
+    assert again.plan == record.plan
+    assert again.scores.parameters == record.scores.parameters
+    assert again.scores.error.isnan().all()
+    assert render(again) == render(record)
+
+
+def test_summaries_of_sparse_plans_read_well():
+    record = sparse_record()
+    assert cut_summary(record.plan) == "47% of the weights of 6 matrices (40% to 51%)"
+    assert "ECoFLaP zeroed 47% of the weights of 6 matrices (40% to 51%). 45% of all parameters are zero;" in (
+        report._lede(record, record.plan)
+    )
+    assert "fewer" not in report._lede(record, record.plan)
+    record.plan.method = {}
+    assert cut_summary(record.plan) == "40% to 51% of the weights of 6 matrices"
+    record.plan.add("text", "head", 0, [1])
+    assert cut_summary(record.plan) == "1 of 12 heads and 40% to 51% of the weights of 6 matrices"
+    assert "removed 1 of 12 heads and zeroed 40% to 51% of" in report._lede(record, record.plan)
+    assert cut_summary(Plan({}, sparsity={"layers.0.fc.weight": 0.5})) == "50% of the weights of 1 matrix"
+
+
+# ---- quality against sparsity ---------------------------------------------------------------------------------------
+
+
+def test_names_that_differ_in_their_sparsity_are_one_line():
+    rows = [("dense", 0.0, 0.9), ("ECoFLaP", 0.58, 0.8), ("Wanda 0.7", 0.68, 0.3), ("Wanda 0.5", 0.48, 0.7)]
+    rows += [("RIA, 50%", 0.48, 0.6), ("RIA, 60 %", 0.58, 0.5), ("Wanda 2:4", 0.49, 0.75), ("OWL (0.5)", 0.48, 0.7)]
+    axes = quality_against_sparsity(rows, "recall@1").axes[0]
+    dense, *lines = axes.lines
+    assert list(dense.get_ydata()) == [0.9, 0.9]
+    assert dense.get_linestyle() == "--"
+    drawn = {line.get_label(): (tuple(line.get_xdata()), tuple(line.get_ydata())) for line in lines}
+    assert drawn == {
+        "ECoFLaP": ((0.58,), (0.8,)),
+        "Wanda": ((0.48, 0.68), (0.7, 0.3)),
+        "RIA": ((0.48, 0.58), (0.6, 0.5)),
+        "Wanda 2:4": ((0.49,), (0.75,)),
+        "OWL (0.5)": ((0.48,), (0.7,)),
+    }
+    assert [line.get_linestyle() for line in lines] == ["None", "-", "-", "None", "None"]
+    assert axes.get_ylabel() == "recall@1"
+    legend = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert legend == ["dense", "ECoFLaP", "Wanda 2:4", "OWL (0.5)", "RIA", "Wanda"]
+
+
+def test_series_differ_in_more_than_colour():
+    lines = quality_against_sparsity([("dense", 0, 1), *((f"m{'x' * n}", n, n) for n in range(20))]).axes[0].lines[1:]
+    assert len({(line.get_marker(), line.get_fillstyle()) for line in lines}) == 20
+
+
+def test_page_draws_quality_against_what_is_left_of_the_dense_model(charts):
+    record = replace(sparse_record(), scores=None)
+    small = {"exact_match": 0.6, "params": 300, "nonzero": 300}
+    useless = {"nothing": {"nonzero": 100}, "inf": {"exact_match": math.inf, "nonzero": 10}, "text": {"exact_match": 1}}
+    page = render(record, comparisons={"MoPE": small, **useless})
+    assert "Quality against sparsity" in page
+    _, *lines = charts["exact_match against sparsity"].axes[0].lines
+    drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in lines}
+    assert drawn == {"ECoFLaP": (pytest.approx(0.45), 0.85), "MoPE": (pytest.approx(0.7), 0.6)}
+
+
+@pytest.mark.parametrize(
+    "comparisons", [{}, {"Wanda": {"exact_match": 0.7, "nonzero": 551}}, {"MoPE": {"exact_match": 0.8, "params": 300}}]
+)
+def test_one_sparsity_is_no_trade_off(charts, comparisons):
+    record = replace(sparse_record(), scores=None)
+    assert "Quality against sparsity" not in render(record, comparisons=comparisons)
+    record.before = {}
+    assert "Quality against sparsity" not in render(record, comparisons={"MoPE": {"exact_match": 0.6, "nonzero": 300}})

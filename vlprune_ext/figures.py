@@ -1,7 +1,8 @@
 """Charts of scores and plans, drawn by matplotlib, and the numbers written beside them.
 
 One visual rule holds everywhere: what was removed is hatched; colour says how important a module is (blue: needed,
-red: the model is better without it). Every chart is a `matplotlib.figure.Figure`; `svg` makes text of it for a page.
+red: the model is better without it); grey says how much of a matrix is zero. Every chart is a
+`matplotlib.figure.Figure`; `svg` makes text of it for a page.
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .anatomy import MATRIX
 from .plan import Module, Plan, Scores
 
 if TYPE_CHECKING:  # matplotlib loads when something is drawn
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 UNITS = {"head": "heads", "cross_head": "cross-attention heads", "neurons": "neurons"}  # what a plan counts
-KINDS = {**UNITS, "neurons": "neuron groups", "layer": "layers"}  # what is scored
+KINDS = {**UNITS, "neurons": "neuron groups", "layer": "layers", MATRIX: "matrices"}  # what is scored
 NOTHING = "\N{EN DASH}"  # stands where there is no number
 
 _INK, _KEPT = "#1d2329", "#2a6fb0"
 _GONE: dict[str, Any] = {"facecolor": "#dfe3e8", "edgecolor": "#77828e", "linewidth": 0, "hatch": "////"}
+_BAR: dict[str, Any] = {"location": "bottom", "shrink": 0.5, "aspect": 50, "pad": 0.02}  # of colours
+_MARKERS = "osD^vP*X<>"
+_COLOURS = (_KEPT, "#d55e00", "#009e73", "#b0569b", "#c98a00", "#3fa7dd", "#6b4c9a", "#7a5230", "#5d6875", _INK)
 _STYLE = {
     "font.size": 8,
     "figure.titlesize": 9,
@@ -76,17 +82,45 @@ def column(values: Sequence[float]) -> list[str]:
     return [minus(f"{v:.{digits}f}") if math.isfinite(v) else NOTHING for v in values]
 
 
+def place(parameter: str) -> tuple[str, int, str]:
+    """Where a matrix stands: "encoder.layers.3.mlp.fc1.weight" -> ("encoder.layers", 3, "mlp.fc1")."""
+    match = re.fullmatch(r"(.+?)\.(\d+)\.(.+)\.weight", parameter)
+    if match is None:
+        raise ValueError(f"{parameter}: not the name of a weight in a numbered block")
+    return match[1], int(match[2]), match[3]
+
+
+def _endings(paths: Iterable[str]) -> dict[str, str]:
+    """As much of the end of each path as tells it from the others: "self_attn.q_proj" -> "q_proj"."""
+    parts = {path: path.split(".") for path in paths}
+
+    def ending(own: list[str]) -> list[str]:
+        ends = (own[-n:] for n in range(1, len(own)))
+        return next((end for end in ends if sum(p[-len(end) :] == end for p in parts.values()) == 1), own)
+
+    return {path: ".".join(ending(own)) for path, own in parts.items()}
+
+
+def names(scores: Scores) -> list[str]:
+    """What the modules are called: "vision.3.head1", "text.0.q_proj"."""
+    paths = [place(parameter)[2] for parameter in scores.parameters]
+    if not paths:
+        return list(map(str, scores.modules))
+    endings = _endings(paths)
+    return [f"{m.tower}.{m.layer}.{endings[path]}" for m, path in zip(scores.modules, paths, strict=True)]
+
+
 def removed_shares(scores: Scores, plan: Plan | None) -> list[float]:
     """How much of every scored module a plan removes: 1 all of it, 0 nothing; parts of neuron groups in between."""
     if plan is None:
         return [0.0] * len(scores)
     groups = Counter(m[:3] for m in scores.modules)
-    gone = {key: set(plan.removed(*key)) for key in groups if key[1] != "layer"}
+    gone = {key: set(plan.removed(*key)) for key in groups if key[1] in UNITS}
 
     def share(module: Module) -> float:
         if module.layer in plan.layers.get(module.tower, []):
             return 1.0
-        if module.kind == "layer":
+        if module.kind not in UNITS:
             return 0.0
         removed = gone[module[:3]]
         if module.kind != "neurons":
@@ -109,12 +143,24 @@ def _square(x):
     return x * np.abs(x)
 
 
+def _per_cent(share: float, _: Any = None) -> str:
+    return f"{100 * share:g}%"
+
+
 def _figure(title: str, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure((8.5, height), layout="constrained")
     figure.suptitle(title)
     return figure
+
+
+def _write(image: AxesImage, texts: Mapping[tuple[int, int], str]) -> None:
+    """Write into cells (row, column), in ink that stands out."""
+    light = image.to_rgba(np.asarray(image.get_array()))[..., :3] @ (0.3, 0.59, 0.11) > 0.5
+    for cell, text in texts.items():
+        style: dict[str, Any] = {"fontsize": 7, "linespacing": 1, "color": _INK if light[cell] else "white"}
+        image.axes.text(*cell[::-1], text, ha="center", va="center", **style)
 
 
 def svg(figure: Figure) -> str:
@@ -131,7 +177,7 @@ def svg(figure: Figure) -> str:
 
 @_style()
 def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> Figure:
-    """Importance by layer (down) and head or group (across), a panel a tower; what ``plan`` removes is hatched.
+    """Importance by layer (down) and head, group or matrix (across), a panel a tower; what ``plan`` removes is hatched.
 
     Cells with room show value and standard error; elsewhere a dot marks what is within 1.96 standard errors of zero.
     """
@@ -144,11 +190,13 @@ def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") ->
     largest = float(scores.value[rows].abs().quantile(0.99)) or 1.0
     norm = FuncNorm((_root, _square), -largest, largest)
     unit = 10.0 ** (math.floor(math.log10(largest)) - 2)
+    short = number if kind == MATRIX else lambda value: minus(f"{round(value / unit)}")  # matrices' span decades
     shares = np.array(removed_shares(scores, plan))
     modules = sorted((scores.modules[i] for i in rows), key=lambda module: module.layer)
     towers = {module.tower: 1 + module.layer for module in modules}  # how many layers
     written = max(module.index for module in modules) < 16
-    heights = [(0.3 if written else 0.14) * layers + 0.6 for layers in towers.values()]
+    height = 0.14 + 0.06 * written + 0.1 * (written and bool(scores.error[rows].isfinite().any()))
+    heights = [height * layers + 0.6 for layers in towers.values()]
 
     figure = _figure(f"Importance of {KINDS[kind]}", sum(heights) + 0.8)
     panels = figure.subplots(len(towers), height_ratios=heights, squeeze=False)
@@ -162,16 +210,22 @@ def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") ->
             axes.stairs(top + of_layer, edges, baseline=top, fill=True, **{**_GONE, "facecolor": "none"})
         image = axes.imshow(value, cmap="RdBu", norm=norm, aspect="auto", interpolation="none")
         if written:
-            for place in zip(y, x, strict=True):
-                text = minus(f"{round(value[place] / unit)}")
-                text += f"\n±{error[place] / unit:.0f}" if 0 < error[place] < math.inf else ""
-                ink = "white" if abs(norm(value[place]) - 0.5) > 0.32 else _INK
-                axes.text(*place[::-1], text, ha="center", va="center", fontsize=7, color=ink, linespacing=1)
+            texts = {}
+            for cell in zip(y, x, strict=True):
+                texts[cell] = short(value[cell]) + (f"\n±{short(error[cell])}" if 0 < error[cell] < math.inf else "")
+            _write(image, texts)
         else:
             axes.plot(*np.nonzero(np.abs(value) <= 1.96 * error)[::-1], ".", color=_INK, markersize=1.5)
-        axes.set(title=tower + (f", in units of {unit:g}" if written else ""), ylabel="layer", xlabel=KINDS[kind][:-1])
+        axes.set(title=tower + (f", in units of {unit:g}" if written and kind != MATRIX else ""), ylabel="layer")
         axes.locator_params(integer=True)
-    bar = figure.colorbar(image, ax=panels, location="bottom", shrink=0.5, aspect=50, pad=0.02, label="importance")
+        pairs = sorted({(scores.modules[i].index, place(scores.parameters[i])[2]) for i in where if kind == MATRIX})
+        if len(dict(pairs)) == len(pairs) > 0:  # the same in all blocks
+            ends = _endings(path for _, path in pairs)
+            tilt: dict[str, Any] = {"rotation": 20, "ha": "right"} if len("".join(ends.values())) > 90 else {}
+            axes.set_xticks(list(dict(pairs)), [ends[path] for _, path in pairs], **tilt)
+        else:
+            axes.set_xlabel("matrix" if kind == MATRIX else KINDS[kind][:-1])
+    bar = figure.colorbar(image, ax=panels, label="importance", **_BAR)
     ticks = largest * _square(np.linspace(-1, 1, 9))
     bar.set_ticks(ticks, labels=[number(tick) for tick in ticks])
     bar.ax.set_xlim(left=min(0.0, max(-largest, float(scores.value[rows].min()))))
@@ -203,10 +257,13 @@ def ranking(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> 
         axes.axvline(cut - 0.5, color=_INK, linewidth=1, linestyle="--")
         axes.annotate(" cut", (cut - 0.5, 1), xycoords=("data", "axes fraction"), va="top")
     axes.set_yscale("function", functions=(_root, _square))
+    if (value - error).min() >= 0:
+        axes.set_ylim(bottom=0)
     axes.set(xlim=(edges[0], edges[-1]), ylabel="importance")
     axes.grid(axis="y")
-    names = [str(scores.modules[i]) for i in order] if len(order) <= 64 else []
-    axes.set_xticks(range(len(names)), names, rotation=90)
+    called = names(scores)
+    labels = [called[i] for i in order] if len(order) <= 64 else []
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
     return figure
 
 
@@ -230,4 +287,74 @@ def cut(plan: Plan) -> Figure:
             if len(kinds) * len(total) * len(str(total.max())) <= 100:
                 axes.bar_label(gone, [str(n) for n in kept], fontsize=7)
                 axes.set_ylim(0, 1.15 * max(total.max(), 1))
+    return figure
+
+
+@_style()
+def sparsity(plan: Plan) -> Figure:
+    """How much of every matrix is zero, by layer (across) and matrix (down), a panel a tower.
+
+    A tower whose blocks each have one share for all their matrices is one row.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    towers: dict[str, dict[str, dict[int, float]]] = {}
+    for parameter, share in plan.sparsity.items():
+        prefix, layer, path = place(parameter)
+        towers.setdefault(prefix, {}).setdefault(path, {})[layer] = share
+    if not towers:
+        raise ValueError("plan: no matrix has a sparsity")
+    tables: dict[str, tuple[list[str], np.ndarray]] = {}
+    for prefix, paths in towers.items():
+        shares = np.full((len(paths), 1 + max(map(max, paths.values()))), np.nan)
+        for row, of_path in zip(shares, paths.values(), strict=True):
+            row[list(of_path)] = list(of_path.values())
+        tables[prefix] = list(_endings(paths).values()), shares
+        of_block = np.fmax.reduce(shares)
+        if len(paths) > 1 and not (np.fmin.reduce(shares) < of_block).any():
+            tables[prefix] = ["all matrices"], of_block[None]
+    heights = [0.19 * len(labels) + 0.6 for labels, _ in tables.values()]
+    most = max(1, math.ceil(10 * max(plan.sparsity.values()) - 1e-6)) / 10
+    least = min(math.floor(10 * min(plan.sparsity.values()) + 1e-6) / 10, most - 0.1)
+    greys = LinearSegmentedColormap.from_list("zeros", ["#f3f5f7", "#7f8a96"])
+
+    figure = _figure("Share of every matrix that is zero", sum(heights) + 0.8)
+    panels = figure.subplots(len(tables), height_ratios=heights, squeeze=False)
+    for axes, (prefix, (labels, shares)) in zip(panels.flat, tables.items(), strict=True):
+        image = axes.imshow(shares, cmap=greys, vmin=least, vmax=most, aspect="auto", interpolation="none")
+        if shares.shape[1] <= 40:
+            _write(image, {cell: f"{100 * share:.0f}" for cell, share in np.ndenumerate(shares) if share >= 0})
+        axes.set(title=prefix, xlabel="layer")
+        axes.locator_params(axis="x", integer=True)
+        axes.set_yticks(range(len(labels)), labels)
+    figure.colorbar(image, ax=panels, label="share that is zero", format=_per_cent, **_BAR)
+    return figure
+
+
+@_style()
+def quality_against_sparsity(rows: Sequence[tuple[str, float, float]], quality: str = "quality") -> Figure:
+    """Quality by the share of parameters that are zero or gone: (name, share, quality) of each model, dense first.
+
+    The dense model is a dashed line. Names that differ only in a sparsity at their end ("Wanda 0.5") are one line.
+    """
+    (dense, _, level), *others = rows
+    series: dict[str, list[tuple[str, float, float]]] = {}
+    for row in others:
+        common = re.sub(r"[\s,(]+(0?\.\d+|\d+\s?%)\)?$", "", row[0])
+        series.setdefault(common, []).append(row)
+
+    figure = _figure(f"{quality} against sparsity", 3.2)
+    axes = figure.subplots()
+    drawn = [axes.axhline(level, color=_INK, linewidth=1, linestyle="--", label=dense)]
+    for n, (common, members) in enumerate(series.items()):
+        again, n = divmod(n, len(_MARKERS))
+        _, x, y = zip(*sorted(members, key=lambda row: row[1]), strict=True)
+        look: dict[str, Any] = {"color": _COLOURS[n], "marker": _MARKERS[n], "fillstyle": "none" if again else "full"}
+        look |= {"linestyle": "-", "label": common} if len(x) > 1 else {"linestyle": "", "label": members[0][0]}
+        drawn += axes.plot(x, y, zorder=3 - n / 100, **look)  # the first above the others
+    axes.set(xlabel="share of parameters that are zero or gone", ylabel=quality)
+    axes.xaxis.set_major_formatter(_per_cent)
+    axes.grid()
+    drawn.sort(key=lambda line: float(np.asarray(line.get_ydata())[-1]), reverse=True)  # as they end, downwards
+    figure.legend(handles=drawn, loc="outside right upper", frameon=False)
     return figure

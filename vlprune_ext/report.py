@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,24 @@ import transformers
 
 from . import __version__, zoo
 from ._native import build_info
+from .anatomy import MATRIX
 from .checkpoint import RECORD
-from .figures import KINDS, NOTHING, UNITS, column, cut, heat_map, minus, number, ranking, removed_shares, svg
+from .figures import (
+    KINDS,
+    NOTHING,
+    UNITS,
+    column,
+    cut,
+    heat_map,
+    minus,
+    names,
+    number,
+    quality_against_sparsity,
+    ranking,
+    removed_shares,
+    sparsity,
+    svg,
+)
 from .methods import METHODS
 from .plan import Plan, Scores, write_text
 
@@ -139,9 +155,7 @@ def comparison_table(result: Any, comparisons: Mapping[str, Any] | None = None) 
 
     For the terminal and the page alike: {"columns": [...], "rows": [{"name", "main", "cells": [{"text", "change"}]}]}.
     """
-    rows = [("dense", result.before, False), (method_name(result), result.after, True)]
-    rows += [(name, _numbers(other), False) for name, other in (comparisons or {}).items()]
-    rows = [(name, numbers, main) for name, numbers, main in rows if numbers]
+    rows = _rows(result, comparisons)
     keys = columns(*(numbers for _, numbers, _ in rows))
     if not keys:
         return None
@@ -165,16 +179,27 @@ def comparison_table(result: Any, comparisons: Mapping[str, Any] | None = None) 
     }
 
 
+def _rows(result: Any, comparisons: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any], bool]]:
+    """(name, numbers, whether it is the result) of the models that were measured, dense first."""
+    rows = [("dense", result.before, False), (method_name(result), result.after, True)]
+    rows += [(name, _numbers(other), False) for name, other in (comparisons or {}).items()]
+    return [(name, numbers, main) for name, numbers, main in rows if numbers]
+
+
 def _numbers(other: Any) -> dict[str, Any]:
     return dict(other) if isinstance(other, Mapping) else dict(other.after)
 
 
 def method_name(result: Any) -> str:
     """ "MoPE" of {"name": "mope", ...}."""
-    method = result.method or result.plan.method or {}
+    method = _method(result)
     name = str(method.get("name") or "pruned")
     name = METHODS[name].__name__ if name in METHODS else name
     return f"{name}, distilled" if method.get("distill_steps") else name
+
+
+def _method(result: Any) -> dict[str, Any]:
+    return result.method or result.plan.method or {}
 
 
 def duration(seconds: float) -> str:
@@ -233,10 +258,13 @@ def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: 
         title=title or f"Pruning by {method_name(result)}",
         lede=_lede(result, plan),
         table=table,
-        cut=svg(cut(plan)),
+        trade_off=_trade_off(result, comparisons),
+        cut=svg(cut(plan)) if _units_removed(plan) else "",
         layers_removed=_layers_removed(plan),
-        importance=_importance(scores, plan) if scores is not None else [],
+        sparsity=svg(sparsity(plan)) if _zeroed(plan) else "",
+        importance=_importance(scores, plan, _method(result)) if scores is not None else [],
         extremes=extremes(scores, plan) if scores is not None else [],
+        errors=scores is not None and _has_errors(scores),
         indistinguishable=indistinguishable(scores) if scores is not None else "",
         facts=_facts(result),
         version=__version__,
@@ -255,7 +283,11 @@ def _count(plan: Plan, kind: str) -> tuple[int, int]:
 
 
 def cut_summary(plan: Plan) -> str:
-    """ "12 of 24 heads, 768 of 1,536 neurons and 2 of 10 layers"."""
+    """ "12 of 24 heads, 768 of 1,536 neurons and 2 of 10 layers", "60% of the weights of 72 matrices (41% to 70%)"."""
+    return _listed(_units_removed(plan) + _zeroed(plan)) or "nothing"
+
+
+def _units_removed(plan: Plan) -> list[str]:
     parts = []
     for kind, word in UNITS.items():
         removed, total = _count(plan, kind)
@@ -264,21 +296,37 @@ def cut_summary(plan: Plan) -> str:
     layers = sum(len(set(gone)) for gone in plan.layers.values())
     if layers:
         parts.append(f"{layers} of {sum(map(len, plan.shape.values()))} layers")
-    if any(plan.sparsity.values()):
-        shares = sorted(plan.sparsity.values())
-        low, high = f"{shares[0]:.0%}", f"{shares[-1]:.0%}"
-        parts.append(f"{low if low == high else f'{low} to {high}'} of the weights of {len(shares)} matrices")
-    if not parts:
-        return "nothing"
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    return parts
+
+
+def _zeroed(plan: Plan) -> list[str]:
+    if not any(plan.sparsity.values()):
+        return []
+    least, most = min(plan.sparsity.values()), max(plan.sparsity.values())
+    share, spread = f"{most:.0%}", f"{least:.0%} to {most:.0%}"
+    of = f"of the weights of {len(plan.sparsity):,} {'matrices' if len(plan.sparsity) > 1 else 'matrix'}"
+    if share == f"{least:.0%}":
+        return [f"{share} {of}"]
+    asked = plan.method.get("sparsity")  # of all their weights: a plan does not know how large the matrices are
+    known = isinstance(asked, (int, float)) and least <= asked <= most
+    return [f"{asked:.0%} {of} ({spread})" if known else f"{spread} {of}"]
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def _lede(result: Any, plan: Plan) -> str:
-    text = f"{method_name(result)} removed {cut_summary(plan)}."
+    removed, zeroed = _listed(_units_removed(plan)), _listed(_zeroed(plan))
+    done = [f"removed {removed}"] * bool(removed) + [f"zeroed {zeroed}"] * bool(zeroed)
+    text = f"{method_name(result)} {_listed(done) or 'removed nothing'}."
     before, after = result.before or {}, result.after or {}
     facts = []
+    if zeroed and after.get("params") and "nonzero" in after:
+        facts.append(f"{1 - after['nonzero'] / after['params']:.0%} of all parameters are zero")
     for key in ("params", "flops"):
-        if before.get(key) and after.get(key):
+        if before.get(key) and after.get(key) and (removed or not zeroed):
             share = 1 - after[key] / before[key]
             facts.append(f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} {NAMES[key]}")
     quality = next((key for key in columns(before) if key not in SIZES and key in after), None)
@@ -288,6 +336,21 @@ def _lede(result: Any, plan: Plan) -> str:
         return text
     joined = "; ".join(facts)
     return f"{text} {joined[0].upper()}{joined[1:]}."
+
+
+def _trade_off(result: Any, comparisons: Mapping[str, Any] | None) -> str:
+    """Quality against sparsity, where pruned models of different sparsities were measured."""
+    dense = result.before or {}
+    quality = next((key for key in columns(dense) if key not in SIZES), None)
+    if quality is None or not dense.get("nonzero"):
+        return ""
+    points = [
+        (name, 1 - numbers["nonzero"] / dense["nonzero"], numbers[quality])
+        for name, numbers, _ in _rows(result, comparisons)
+        if "nonzero" in numbers and isinstance(numbers.get(quality), (int, float)) and math.isfinite(numbers[quality])
+    ]
+    several = len({round(share, 2) for _, share, _ in points[1:]}) > 1
+    return svg(quality_against_sparsity(points, quality)) if several else ""
 
 
 def _table_note(result: Any, keys: list[str]) -> str:
@@ -314,13 +377,13 @@ def _kinds(scores: Scores) -> list[str]:
     return [kind for kind in KINDS if scores.where(kind=kind)]
 
 
-def _importance(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
+def _importance(scores: Scores, plan: Plan, method: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "title": KINDS[kind].capitalize(),
-            "text": _what_scores_are(scores),
-            "measured": _measured(scores),
+            "text": _what_matrix_scores_are(scores, method) if kind == MATRIX else _what_scores_are(scores),
             "map": "" if kind == "layer" else svg(heat_map(scores, plan, kind=kind)),
+            "map_caption": _map_caption(scores, kind),
             "ranking": svg(ranking(scores, plan, kind=kind)),
             "ranking_caption": _ranking_caption(scores, plan, kind),
         }
@@ -336,14 +399,51 @@ def _what_scores_are(scores: Scores) -> str:
     return f"How much the objective ({name}) drops when one is left out{dense}."
 
 
+def _what_matrix_scores_are(scores: Scores, method: Mapping[str, Any]) -> str:
+    estimator = method.get("estimator")
+    if estimator == "outliers":
+        factor = f"{method.get('outlier_factor', 5):g}"
+        return f"How many weights w of each matrix have |w| ‖x‖, where x is their input, above {factor} times the mean."
+    text = f"How much the loss L ({scores.objective or 'unnamed'}) depends on each matrix"
+    importance = method.get("importance") or ("weighted" if estimator == "first-order" else "norm")
+    slope = {
+        "first-order": "the mean |∂L/∂w| of its weights w",
+        "zeroth-order": "the mean |L(W + εz) − L(W − εz)| / 2ε over random directions z",  # noqa: RUF001
+    }.get(str(estimator))
+    if slope is None:
+        return f"{text}."
+    if importance == "weighted" and estimator == "first-order":
+        slope = "the sum of |w| |∂L/∂w| over its weights w"
+    elif importance == "weighted":
+        slope = f"the sum of |w| times {slope}"
+    elif importance == "squared":
+        slope = f"the sum of w² times the square of {slope}"
+    return f"{text}: {slope}."
+
+
 def _measured(scores: Scores) -> bool:
     return bool((scores.count > 0).any())
 
 
+def _has_errors(scores: Scores) -> bool:
+    return _measured(scores) and not bool(scores.error.isnan().all())
+
+
+def _map_caption(scores: Scores, kind: str) -> str:
+    text = "Colour on a square-root scale shared by the towers"
+    if kind == MATRIX:
+        text, errors = f"{text}: the darker, the more important.", "±: one standard error over random directions."
+    else:
+        text += ". Blue: the model needs it. Red: the model is better without it. Hatched: removed."
+        errors = "Dot: within 1.96 standard errors of zero."
+    return f"{text} {errors}" if _has_errors(scores) else text
+
+
 def _ranking_caption(scores: Scores, plan: Plan, kind: str) -> str:
     text = "Square-root scale."
-    if _measured(scores):
-        text = f"Shaded: ± one standard error of the mean, from paired differences per sample. {text}"
+    if _has_errors(scores):
+        of = "over random directions" if kind == MATRIX else "of the mean, from paired differences per sample"
+        text = f"Shaded: ± one standard error {of}. {text}"
     order = scores.ranking(kind=kind)
     shares = removed_shares(scores, plan)
     gone = [shares[i] > 0 for i in order]
@@ -358,7 +458,7 @@ def _ranking_caption(scores: Scores, plan: Plan, kind: str) -> str:
 
 def extremes(scores: Scores, plan: Plan | None, count: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
     """The modules at both ends of the ranking, as rows of text: module, value, error, cost, removed."""
-    order = scores.ranking()
+    order, called = scores.ranking(), names(scores)
     shares = removed_shares(scores, plan)
     count = min(count, max(1, len(order) // 2))
     tables = []
@@ -370,7 +470,7 @@ def extremes(scores: Scores, plan: Plan | None, count: int = 8) -> list[tuple[st
         errors = column([float(scores.error[i]) for i in positions])
         rows = [
             {
-                "module": str(scores.modules[i]),
+                "module": called[i],
                 "value": value,
                 "error": error,
                 "cost": si(float(scores.cost[i])),
@@ -394,18 +494,18 @@ def indistinguishable(scores: Scores) -> str:
             parts.append(f"{len(pairs)} of {len(order) - 1} neighbouring {KINDS[kind]}")
     if not parts:
         return ""
-    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    return f"Within 1.96 standard errors of each other: {listed}. Their order is not certain."
+    return f"Within 1.96 standard errors of each other: {_listed(parts)}. Their order is not certain."
 
 
 def _facts(result: Any) -> list[tuple[str, list[tuple[str, str]]]]:
-    method = {**(result.method or result.plan.method or {})}
+    method = _method(result)
     data = {**(result.data or (result.scores.data if result.scores is not None else {}))}
     runs = []
     if result.scores is not None:
         count = {int(c) for c in result.scores.count.tolist()}
         samples = str(min(count)) if len(count) == 1 else f"{min(count)} to {max(count)}"
-        runs = [("modules scored", f"{len(result.scores):,}"), ("samples per module", samples)]
+        what, one = ("matrices", "matrix") if result.scores.parameters else ("modules", "module")
+        runs = [(f"{what} scored", f"{len(result.scores):,}"), (f"samples per {one}", samples)]
         if result.scores.block_runs:
             runs.append(("block runs", f"{result.scores.block_runs:,}"))
     about = environment()

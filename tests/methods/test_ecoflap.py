@@ -133,7 +133,7 @@ def test_no_sparsity_at_all():
 
 
 @pytest.mark.parametrize(
-    ("importance", "aggregate"), [(None, "sum"), ("norm", "avg"), ("weighted", "avg"), ("squared", "sum")]
+    ("importance", "aggregate"), [("norm", "sum"), ("norm", "avg"), ("weighted", "avg"), ("squared", "sum")]
 )
 @pytest.mark.parametrize("estimator", ["zeroth-order", "first-order"])
 def test_shares_follow_importance(clip, estimator, importance, aggregate):
@@ -142,13 +142,11 @@ def test_shares_follow_importance(clip, estimator, importance, aggregate):
     chosen = chosen_of(model, data)
     if estimator == "zeroth-order":
         found = zeroth_order(anatomy, objective, data, chosen, draws=1, eps=0.05, seed=3, batch_size=8)
-        own = "norm"
     else:
         found = first_order(anatomy, objective, data, chosen, batch_size=8)
-        own = "weighted"
     norms = torch.stack([matrix.weight.detach().double().square().sum() for matrix in chosen])
     value = {"norm": found.slope, "weighted": found.weighted, "squared": norms * found.slope.square()}
-    of_matrix = dict(zip([matrix.name for matrix in chosen], value[importance or own].tolist(), strict=True))
+    of_matrix = dict(zip([matrix.name for matrix in chosen], value[importance].tolist(), strict=True))
     sizes, totals = [], []
     for members in groups_of(chosen, "block").values():
         sizes.append(sum(m.weight.numel() for m in members))
@@ -158,6 +156,7 @@ def test_shares_follow_importance(clip, estimator, importance, aggregate):
         sparsity=0.6,
         max_sparsity=0.75,
         estimator=estimator,
+        granularity="block",
         importance=importance,
         aggregate=aggregate,
         draws=1,
@@ -404,7 +403,8 @@ def test_shares_of_zeros(criterion):
 def test_saved_and_loaded(name, tmp_path):
     """A model with zeros is an ordinary model: transformers alone loads it."""
     model, data = load(name)
-    plan = vp.ECoFLaP(sparsity=0.6, estimator="first-order", batch_size=4).plan(model, data)
+    fields = {"estimator": "first-order", "granularity": "block", "batch_size": 4}
+    plan = vp.ECoFLaP(sparsity=0.6, **fields).plan(model, data)
     vp.save_pruned(vp.apply(model, plan, data), tmp_path / "out", data=data)
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert record["loads_with"] == "transformers from_pretrained"
@@ -468,7 +468,7 @@ def test_prune_weights_is_uniform():
             {"estimator": "guess"},
             "estimator: 'guess', expected one of zeroth-order, first-order, outliers, magnitude, uniform",
         ),
-        ({"importance": "l1"}, "importance: 'l1', expected one of None, norm, weighted, squared"),
+        ({"importance": "l1"}, "importance: 'l1', expected one of norm, weighted, squared"),
         ({"granularity": "row"}, "granularity: 'row', expected one of layer, block, model"),
         ({"aggregate": "max"}, "aggregate: 'max', expected one of sum, avg"),
         ({"draws": 0}, "draws: 0, expected at least 1"),

@@ -34,9 +34,9 @@ class ECoFLaP:
     estimator         where sparsities come from: "zeroth-order" (random directions, no gradients), "first-order" (one
                       gradient), "outliers" (OWL, arXiv 2310.05175), "magnitude" (how many of the smallest weights of
                       the whole model lie in a matrix), or "uniform": every matrix the same
-    importance        of a matrix with slope s: "norm": s, the released choice for zeroth order; "weighted": sum |W| s,
-                      with s of each weight under first order; "squared": sum W^2 s^2. None: the released choice
-    granularity       what shares one sparsity: "layer" (a matrix), "block", "model" (a tower)
+    importance        of a matrix with slope s: "norm": s; "weighted": sum |W| s, with s of each weight under first
+                      order, and there the released choice; "squared": sum W^2 s^2
+    granularity       what shares one sparsity: "layer" (a matrix), "block" (the released choice), "model" (a tower)
     aggregate         importance of a group: "sum" of its matrices, or "avg", divided by its weights
     max_sparsity      of any group; None: sparsity + 0.1, the released choice
     per_tower         every tower keeps its own share, instead of one budget over all
@@ -52,12 +52,12 @@ class ECoFLaP:
 
     sparsity: float = 0.5
     estimator: str = "zeroth-order"
-    importance: str | None = None
-    granularity: str = "block"
+    importance: str = "norm"
+    granularity: str = "layer"
     aggregate: str = "sum"
     max_sparsity: float | None = None
     per_tower: bool = False
-    draws: int = 4
+    draws: int = 1
     eps: float | None = None
     seed: int = 0
     realised: bool = True
@@ -81,7 +81,7 @@ class ECoFLaP:
             raise ValueError(f"max_sparsity: {self.max_sparsity}, expected a share in [{self.sparsity}, 1]")
         for name, value, known in (
             ("estimator", self.estimator, ESTIMATORS),
-            ("importance", self.importance, (None, *IMPORTANCES)),
+            ("importance", self.importance, IMPORTANCES),
             ("granularity", self.granularity, GRANULARITIES),
             ("aggregate", self.aggregate, ("sum", "avg")),
         ):
@@ -205,11 +205,10 @@ class ECoFLaP:
                     batch_size=self.batch_size,
                     progress=progress,
                 )
-            kind = self.importance or ("weighted" if self.estimator == "first-order" else "norm")
             value, spread, block_runs = found.slope, found.spread, found.block_runs
-            if kind == "weighted":
+            if self.importance == "weighted":
                 value = found.weighted
-            elif kind == "squared":
+            elif self.importance == "squared":
                 squares = [m.weight.detach().float().square().sum(dtype=torch.float64).item() for m in chosen]
                 value, spread = torch.tensor(squares, dtype=torch.float64) * found.slope**2, 2 * found.spread
         first: dict[tuple[str, int], int] = {}
