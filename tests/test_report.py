@@ -598,7 +598,7 @@ def test_page_draws_quality_against_what_is_left_of_the_dense_model(charts):
     useless = {"nothing": {"nonzero": 100}, "inf": {"exact_match": math.inf, "nonzero": 10}, "text": {"exact_match": 1}}
     page = render(record, comparisons={"MoPE": small, **useless})
     assert "Quality against sparsity" in page
-    _, *lines = charts["exact_match against sparsity"].axes[0].lines
+    _, *lines = charts["exact match against sparsity"].axes[0].lines
     drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in lines}
     assert drawn == {"ECoFLaP": (pytest.approx(0.45), 0.85), "MoPE": (pytest.approx(0.7), 0.6)}
 
@@ -611,3 +611,15 @@ def test_one_sparsity_is_no_trade_off(charts, comparisons):
     assert "Quality against sparsity" not in render(record, comparisons=comparisons)
     record.before = {}
     assert "Quality against sparsity" not in render(record, comparisons={"MoPE": {"exact_match": 0.6, "nonzero": 300}})
+
+
+def test_a_method_among_others_of_its_name_says_its_sparsity():
+    numbers = {"recall@1": 0.5, "params": 10, "nonzero": 4}
+    plan = Plan(shape={}, sparsity={"layers.0.q.weight": 0.6}, method={"name": "ecoflap", "sparsity": 0.6})
+    record = Record(plan=plan, before={**numbers, "nonzero": 10}, after=numbers, method=plan.method)
+    for others, expected in (
+        ({"ECoFLaP 0.5": numbers}, "ECoFLaP 0.6"),
+        ({"Wanda 0.5": numbers}, "ECoFLaP"),
+        ({}, "ECoFLaP"),
+    ):
+        assert [row["name"] for row in comparison_table(record, others)["rows"]] == ["dense", expected, *others]

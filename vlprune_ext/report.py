@@ -181,7 +181,11 @@ def comparison_table(result: Any, comparisons: Mapping[str, Any] | None = None) 
 
 def _rows(result: Any, comparisons: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any], bool]]:
     """(name, numbers, whether it is the result) of the models that were measured, dense first."""
-    rows = [("dense", result.before, False), (method_name(result), result.after, True)]
+    name = method_name(result)
+    sparsity = _method(result).get("sparsity")
+    if sparsity is not None and any(other.startswith(f"{name} ") for other in comparisons or {}):
+        name = f"{name} {sparsity:g}"  # what tells it from the same method at others
+    rows = [("dense", result.before, False), (name, result.after, True)]
     rows += [(name, _numbers(other), False) for name, other in (comparisons or {}).items()]
     return [(name, numbers, main) for name, numbers, main in rows if numbers]
 
@@ -331,7 +335,8 @@ def _lede(result: Any, plan: Plan) -> str:
             facts.append(f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} {NAMES[key]}")
     quality = next((key for key in columns(before) if key not in SIZES and key in after), None)
     if quality:
-        facts.append(f"{quality} went from {metric(quality, before[quality])} to {metric(quality, after[quality])}")
+        was, now = (metric(quality, numbers[quality]) for numbers in (before, after))
+        facts.append(f"{quality.replace('_', ' ')} went from {was} to {now}")
     if not facts:
         return text
     joined = "; ".join(facts)
@@ -350,7 +355,7 @@ def _trade_off(result: Any, comparisons: Mapping[str, Any] | None) -> str:
         if "nonzero" in numbers and isinstance(numbers.get(quality), (int, float)) and math.isfinite(numbers[quality])
     ]
     several = len({round(share, 2) for _, share, _ in points[1:]}) > 1
-    return svg(quality_against_sparsity(points, quality)) if several else ""
+    return svg(quality_against_sparsity(points, quality.replace("_", " "))) if several else ""
 
 
 def _table_note(result: Any, keys: list[str]) -> str:
