@@ -486,9 +486,9 @@ def test_unexpected_errors_and_interrupts_are_one_line_too(monkeypatch):
 
         return raise_it
 
-    monkeypatch.setattr("vlprune_ext.report.environment", fail(ZeroDivisionError("a\nb")))
+    monkeypatch.setattr("vlprune_ext.machine.environment", fail(ZeroDivisionError("a\nb")))
     assert refused("info", code=1) == "error: ZeroDivisionError: a b (--debug shows where)\n"
-    monkeypatch.setattr("vlprune_ext.report.environment", fail(KeyboardInterrupt()))
+    monkeypatch.setattr("vlprune_ext.machine.environment", fail(KeyboardInterrupt()))
     assert refused("info", code=1) == "error: interrupted\n"
 
 

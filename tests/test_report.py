@@ -25,21 +25,9 @@ from vlprune_ext.figures import (
     svg,
 )
 from vlprune_ext.plan import Module, Plan, Scores
-from vlprune_ext.report import (
-    Record,
-    change,
-    comparison_table,
-    cut_summary,
-    duration,
-    extremes,
-    indistinguishable,
-    load_record,
-    metric,
-    render,
-    save_record,
-    si,
-    write_report,
-)
+from vlprune_ext.record import Record, load_record, save_record
+from vlprune_ext.report import render, write_report
+from vlprune_ext.summary import change, comparison_table, cut_summary, duration, extremes, indistinguishable, metric, si
 
 NUMBERS = {"recall@1": 0.919, "image_to_text_recall@1": 0.92, "params": 2_053_505, "flops": 119_000_000}
 

@@ -129,7 +129,7 @@ def score(
     import vlprune_ext as vp
 
     from .figures import number
-    from .report import extremes, indistinguishable
+    from .summary import extremes, indistinguishable
 
     loaded = read_model(model, device, dtype)
     calibration = read_data(loaded, data, split, limit, seed, objective)
@@ -251,7 +251,9 @@ def prune(
 
     from .data.digits import DIGITS, DIGITS_QUESTIONS
     from .pipeline import recover
-    from .report import applied_plan, cut_summary, method_name, save_record, write_report
+    from .record import applied_plan, save_record
+    from .report import write_report
+    from .summary import cut_summary, method_name
     from .surgery import MODES
 
     one_of("--mode", mode, MODES)
@@ -339,7 +341,7 @@ def evaluate(
     quiet()
     import vlprune_ext as vp
 
-    from .report import NAMES, metric
+    from .summary import NAMES, metric
 
     loaded = read_model(model, device, dtype)
     test = read_data(loaded, data, split, limit, seed, objective)
@@ -378,7 +380,7 @@ def plan_cost(
     quiet()
     import vlprune_ext as vp
 
-    from .report import duration, si
+    from .summary import duration, si
 
     loaded = read_model(model, device, dtype)
     calibration = read_data(loaded, data, split, limit, seed, objective)
@@ -434,7 +436,7 @@ def bench(
 def info(json: Json = False, debug: Debug = False) -> None:
     """Versions, what was compiled, which instruction set runs, threads, GPUs."""
     quiet()
-    from .report import environment
+    from .machine import environment
 
     content = environment()
     if json:
@@ -459,7 +461,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write the HTML report of a saved pruned model once more."""
-    from .report import load_record, write_report
+    from .record import load_record
+    from .report import write_report
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")

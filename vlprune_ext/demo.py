@@ -20,8 +20,10 @@ from .distillation import distill
 from .methods import ECoFLaP, GlobalMagnitude, Magnitude, MoPE, Random, Wanda
 from .models import Loaded, load_model
 from .pipeline import Result, evaluate, measure, plan_cost, prune
+from .record import save_record
 from .replay import Progress
-from .report import cut_summary, duration, metric, save_record, si, write_report
+from .report import write_report
+from .summary import cut_summary, duration, metric, si
 
 CLIP, LLAVA = "clip-digits", "llava-digits"
 SEED = 0

@@ -153,7 +153,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 def before_after(result: Any, comparisons: Mapping[str, Any] | None = None) -> Table:
     """The table of a report, for a terminal."""
-    from .report import comparison_table
+    from .summary import comparison_table
 
     content = comparison_table(result, comparisons) or {"columns": (), "rows": ()}
     shown = table("model", *content["columns"])

@@ -1,0 +1,216 @@
+"""What was done and measured, in numbers and words as people read them: for the terminal and the page alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .figures import KINDS, NOTHING, UNITS, column, minus, names, removed_shares
+from .methods import METHODS
+from .plan import Plan, Scores
+
+HIDDEN = ("image_to_text_", "text_to_image_")  # the two halves of a recall that is shown
+SIZES = ("params", "nonzero", "flops", "latency_ms")
+NAMES = {"params": "parameters", "nonzero": "not zero", "flops": "FLOPs", "latency_ms": "latency"}
+
+
+def si(value: float, unit: str = "") -> str:
+    """12,345,678 -> "12.3 M"."""
+    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= factor:
+            scaled = value / factor
+            return f"{scaled:.{max(0, 2 - int(math.log10(abs(scaled))))}f}{prefix}{unit}"
+    return f"{value:.0f}{' ' + unit if unit else ''}"
+
+
+def metric(name: str, value: Any) -> str:
+    """A measured number with its unit."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return NOTHING if value is None else str(value)
+    if name in ("params", "nonzero", "flops"):
+        return si(value)
+    if name.endswith("_ms"):
+        return f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def change(name: str, before: Any, after: Any) -> str:
+    """What became of a number: a difference for a quality, per cent for a size."""
+    if not all(isinstance(v, (int, float)) for v in (before, after)) or before == after:
+        return ""
+    if name in SIZES or name.endswith("_ms"):
+        return minus(f"{100 * (after / before - 1):+.0f} %") if before else ""
+    return minus(f"{after - before:+.3f}")
+
+
+def columns(*numbers: Mapping[str, Any]) -> list[str]:
+    """The metrics to show: qualities first, then sizes and speed."""
+    seen = dict.fromkeys(
+        key
+        for row in numbers
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not key.startswith(HIDDEN)
+    )
+    # Where nothing was zeroed, all parameters are not zero, and a column that says so says nothing.
+    sparse = any(row.get("nonzero", 0) < 0.99 * row.get("params", 0) for row in numbers)
+    sizes = [key for key in SIZES if key in seen and (sparse or key != "nonzero")]
+    return [key for key in seen if key not in SIZES] + sizes
+
+
+def comparison_table(result: Any, comparisons: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Rows "dense", the method, and what it is compared with; None if nothing was measured.
+
+    For the terminal and the page alike: {"columns": [...], "rows": [{"name", "main", "cells": [{"text", "change"}]}]}.
+    """
+    rows = measured_rows(result, comparisons)
+    keys = columns(*(numbers for _, numbers, _ in rows))
+    if not keys:
+        return None
+    return {
+        "keys": keys,
+        "columns": [NAMES.get(key, key.replace("_", " ")) for key in keys],
+        "rows": [
+            {
+                "name": name,
+                "main": main,
+                "cells": [
+                    {
+                        "text": metric(key, numbers.get(key)),
+                        "change": change(key, result.before.get(key), numbers.get(key)),
+                    }
+                    for key in keys
+                ],
+            }
+            for name, numbers, main in rows
+        ],
+    }
+
+
+def measured_rows(result: Any, comparisons: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any], bool]]:
+    """(name, numbers, whether it is the result) of the models that were measured, dense first."""
+    name = method_name(result)
+    sparsity = method_of(result).get("sparsity")
+    if sparsity is not None and any(other.startswith(f"{name} ") for other in comparisons or {}):
+        name = f"{name} {sparsity:g}"  # what tells it from the same method at others
+    rows = [("dense", result.before, False), (name, result.after, True)]
+    rows += [(name, numbers_of(other), False) for name, other in (comparisons or {}).items()]
+    return [(name, numbers, main) for name, numbers, main in rows if numbers]
+
+
+def numbers_of(other: Any) -> dict[str, Any]:
+    return dict(other) if isinstance(other, Mapping) else dict(other.after)
+
+
+def method_name(result: Any) -> str:
+    """ "MoPE" of {"name": "mope", ...}."""
+    method = method_of(result)
+    name = str(method.get("name") or "pruned")
+    name = METHODS[name].__name__ if name in METHODS else name
+    return f"{name}, distilled" if method.get("distill_steps") else name
+
+
+def method_of(result: Any) -> dict[str, Any]:
+    return result.method or result.plan.method or {}
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "12 s", "3 min 20 s", "5 h 10 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    return f"{int(seconds) // 3600:,} h {int(seconds) % 3600 // 60} min"
+
+
+def cut_summary(plan: Plan) -> str:
+    """ "12 of 24 heads, 768 of 1,536 neurons and 2 of 10 layers", "60% of the weights of 72 matrices (41% to 70%)"."""
+    return listed(units_removed(plan) + zeroed(plan)) or "nothing"
+
+
+def units_removed(plan: Plan) -> list[str]:
+    parts = []
+    for kind, word in UNITS.items():
+        removed, total = _count(plan, kind)
+        if removed:
+            parts.append(f"{removed:,} of {total:,} {word}")
+    layers = sum(len(set(gone)) for gone in plan.layers.values())
+    if layers:
+        parts.append(f"{layers} of {sum(map(len, plan.shape.values()))} layers")
+    return parts
+
+
+def zeroed(plan: Plan) -> list[str]:
+    if not any(plan.sparsity.values()):
+        return []
+    least, most = min(plan.sparsity.values()), max(plan.sparsity.values())
+    share, spread = f"{most:.0%}", f"{least:.0%} to {most:.0%}"
+    of = f"of the weights of {len(plan.sparsity):,} {'matrices' if len(plan.sparsity) > 1 else 'matrix'}"
+    if share == f"{least:.0%}":
+        return [f"{share} {of}"]
+    asked = plan.method.get("sparsity")  # of all their weights: a plan does not know how large the matrices are
+    known = isinstance(asked, (int, float)) and least <= asked <= most
+    return [f"{asked:.0%} {of} ({spread})" if known else f"{spread} {of}"]
+
+
+def _count(plan: Plan, kind: str) -> tuple[int, int]:
+    """(removed, all) units of a kind; those of removed layers count as removed."""
+    removed = total = 0
+    for tower, blocks in plan.shape.items():
+        for layer, block in enumerate(blocks):
+            units = block.get(kind, 0)
+            total += units
+            removed += units if layer in plan.layers.get(tower, []) else len(plan.removed(tower, kind, layer))
+    return removed, total
+
+
+def listed(parts: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def extremes(scores: Scores, plan: Plan | None, count: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The modules at both ends of the ranking, as rows of text: module, value, error, cost, removed."""
+    order, called = scores.ranking(), names(scores)
+    shares = removed_shares(scores, plan)
+    count = min(count, max(1, len(order) // 2))
+    tables = []
+    for title, positions in (
+        ("Least important", order[:count]),
+        ("Most important", order[: -count - 1 : -1]),
+    ):
+        values = column([float(scores.value[i]) for i in positions])
+        errors = column([float(scores.error[i]) for i in positions])
+        rows = [
+            {
+                "module": called[i],
+                "value": value,
+                "error": error,
+                "cost": si(float(scores.cost[i])),
+                "removed": shares[i] > 0,
+            }
+            for i, value, error in zip(positions, values, errors, strict=True)
+        ]
+        tables.append((title, rows))
+    return tables
+
+
+def indistinguishable(scores: Scores) -> str:
+    """How many neighbours in the rankings could be either way round; "" when the samples are not kept."""
+    if scores.samples is None:
+        return ""
+    parts = []
+    for kind in kinds_of(scores):
+        order = scores.ranking(kind=kind)
+        if len(order) > 1:
+            pairs = scores.indistinguishable(order)
+            parts.append(f"{len(pairs)} of {len(order) - 1} neighbouring {KINDS[kind]}")
+    if not parts:
+        return ""
+    return f"Within 1.96 standard errors of each other: {listed(parts)}. Their order is not certain."
+
+
+def kinds_of(scores: Scores) -> list[str]:
+    return [kind for kind in KINDS if scores.where(kind=kind)]
