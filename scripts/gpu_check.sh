@@ -66,7 +66,7 @@ fi
 
 # ---- tests and the sanitizers, side by side ----
 workers=""
-"$PYTHON" -c "import xdist" 2>/dev/null && workers="-n 6"
+"$PYTHON" -c "import xdist" 2>/dev/null && workers="-n 6 --dist loadgroup"
 pytest() { echo "$PYTHON -m pytest -p no:cacheprovider -W default -q $*"; }
 # Only this extension's kernels are instrumented: torch's own are not ours to check, and each costs time.
 sanitizer() { echo "compute-sanitizer --tool $1 --kernel-regex kns=vlprune --report-api-errors no --error-exitcode 9"; }

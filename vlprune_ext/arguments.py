@@ -44,9 +44,12 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 def _shares(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(share) for share in _names(text))
+        shares = tuple(float(share) for share in _names(text))
     except ValueError:
-        raise UsageError(f"--sparsity: {text!r}, expected shares separated by commas, such as 0.5 or 0.5,0.6") from None
+        shares = ()
+    if not shares:
+        raise UsageError(f"--sparsity: {text!r}, expected shares separated by commas, such as 0.5 or 0.5,0.6")
+    return shares
 
 
 def new_file(path: Path | None) -> Path | None:
@@ -73,6 +76,8 @@ def _check_writable(path: Path, folder: Path) -> None:
 
 
 # ---- options that several commands have ----------------------------------------------------------------------------
+
+FIELDS = "Fields of the method"  # options in this panel are handed to the method under their own name
 
 Model = Annotated[
     str,
@@ -121,15 +126,13 @@ Sparsity = Annotated[
         metavar="SHARES",
         help="ecoflap and its like: share of weights zeroed; of several, the first is kept, the others compared.",
         show_default="0.5",
-        rich_help_panel="Fields of the method",
+        rich_help_panel=FIELDS,
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (that of the files).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-FIELDS = "Fields of the method"  # options in this panel are handed to the method under their own name
 
 
 def method_field(help: str, default: str) -> Any:
