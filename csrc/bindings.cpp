@@ -155,6 +155,41 @@ void perturb(std::uintptr_t weight, std::uintptr_t plus, std::uintptr_t minus, i
   launch<Launch>(args, where);
 }
 
+// (batch, head, token)
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+template <auto Launch, typename Where>
+void attention_importance(std::uintptr_t q, std::uintptr_t k, std::uintptr_t lse, std::uintptr_t head_weight,
+                          std::uintptr_t query_weight, std::uintptr_t key_mask, std::uintptr_t partial,
+                          std::uintptr_t out, int64_t b, int64_t h, int64_t hkv, int64_t tq, int64_t tk, int64_t d,
+                          int64_t parts, const Strides& q_strides, const Strides& k_strides, int64_t head_weight_stride,
+                          float scale, bool max, bool causal, int dtype, Where where) {
+  vlprune::AttentionImportance args{};
+  args.q = pointer<const void>(q);
+  args.k = pointer<const void>(k);
+  args.lse = pointer<const float>(lse);
+  args.head_weight = pointer<const float>(head_weight);
+  args.query_weight = pointer<const float>(query_weight);
+  args.key_mask = pointer<const uint8_t>(key_mask);
+  args.partial = pointer<float>(partial);
+  args.out = pointer<float>(out);
+  args.b = b;
+  args.h = h;
+  args.hkv = hkv;
+  args.tq = tq;
+  args.tk = tk;
+  args.d = d;
+  args.parts = parts;
+  std::tie(args.q_strides[0], args.q_strides[1], args.q_strides[2]) = q_strides;
+  std::tie(args.k_strides[0], args.k_strides[1], args.k_strides[2]) = k_strides;
+  args.head_weight_stride = head_weight_stride;
+  args.scale = scale;
+  args.max = max;
+  args.causal = causal;
+  args.dtype = static_cast<DType>(dtype);
+  launch<Launch>(args, where);
+}
+
 }  // namespace
 
 // Every launcher of a namespace, as functions of the submodule.
@@ -166,7 +201,8 @@ void perturb(std::uintptr_t weight, std::uintptr_t plus, std::uintptr_t minus, i
   module.def("prune_nm", &prune_nm<&vlprune::where::prune_nm, Where>);                   \
   module.def("key_histogram", &key_histogram<&vlprune::where::key_histogram, Where>);    \
   module.def("count_keys", &count_keys<&vlprune::where::count_keys, Where>);             \
-  module.def("perturb", &perturb<&vlprune::where::perturb, Where>)
+  module.def("perturb", &perturb<&vlprune::where::perturb, Where>);                      \
+  module.def("attention_importance", &attention_importance<&vlprune::where::attention_importance, Where>)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of vlprune_ext; called through vlprune_ext.ops.";
@@ -185,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("norm_chunk") = vlprune::kNormChunk;
   m.attr("histogram_bins") = vlprune::kHistogramBins;
+  m.attr("few_queries") = vlprune::kFewQueries;
   m.attr("compiler") = __VERSION__;
 #if VLPRUNE_CUDA_BUILT
   py::module_ cuda = m.def_submodule("cuda", "Launchers for CUDA tensors; the last argument is the stream's address.");

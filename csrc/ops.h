@@ -108,6 +108,29 @@ struct Perturb {
   DType dtype;  // of weight, plus and minus
 };
 
+// out[b, j] = sum_i query_weight[b, i] * R_h(head_weight[h] * p[b, h, i, j]),  R = sum or max over the heads,
+// p = exp(scale * <q[b, h, i], k[b, h / (H / Hkv), j]> - lse[b, h, i]), and 0 where lse = -inf, where key_mask[b, j] is
+// 0, and, if causal, where j > i + Tk - Tq. Scores, p and sums are fp32. exp(x) is within 2 units in the last place; in
+// fp16/bf16 on CUDA within 2 + 1.2 |x| of them.
+constexpr int64_t kFewQueries = 8;  // up to here k is read once, and parts = 1
+struct AttentionImportance {
+  const void* q;              // [B, H, Tq, d], `q_strides` between batches, heads and tokens
+  const void* k;              // [B, Hkv, Tk, d], `k_strides` likewise; the last dimension contiguous, of both
+  const float* lse;           // [B, H, Tq], contiguous
+  const float* head_weight;   // [B or 1, H], `head_weight_stride` between batches (0 for 1); null: all 1
+  const float* query_weight;  // [B, Tq]; null: all 1
+  const uint8_t* key_mask;    // [B, Tk], 1 for the keys that were attended; null: all
+  float* partial;             // [parts, B, Tk] scratch; may be `out` where parts = 1
+  float* out;                 // [B, Tk]
+  int64_t b, h, hkv, tq, tk, d, parts;
+  int64_t q_strides[3], k_strides[3];
+  int64_t head_weight_stride;
+  float scale;
+  bool max;     // R
+  bool causal;  // the last query sees all keys
+  DType dtype;  // of q and k
+};
+
 // Declares every launcher; `where` is its last parameter.
 #define VLPRUNE_DECLARE_OPS(where)                       \
   void leave_one_out(const LeaveOneOut& args, where);    \
@@ -117,7 +140,8 @@ struct Perturb {
   void prune_nm(const PruneNM& args, where);             \
   void key_histogram(const KeyHistogram& args, where);   \
   void count_keys(const CountKeys& args, where);         \
-  void perturb(const Perturb& args, where);
+  void perturb(const Perturb& args, where);              \
+  void attention_importance(const AttentionImportance& args, where);
 
 namespace cpu {
 VLPRUNE_DECLARE_OPS(int threads)

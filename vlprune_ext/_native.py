@@ -23,6 +23,7 @@ except ImportError as error:
 
 NORM_CHUNK: int = _C.norm_chunk
 HISTOGRAM_BINS: int = _C.histogram_bins
+FEW_QUERIES: int = _C.few_queries
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType in csrc/dtype.h
 
 
@@ -173,6 +174,50 @@ def perturb(weight: Tensor, plus: Tensor, minus: Tensor, seed: int, tensor_id: i
         tensor_id,
         eps,
         DTYPES[weight.dtype],
+    )
+
+
+def attention_importance(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    head_weight: Tensor | None,
+    query_weight: Tensor | None,
+    key_mask: Tensor | None,
+    partial: Tensor,
+    out: Tensor,
+    scale: float,
+    of_max: bool,
+    causal: bool,
+) -> None:
+    if out.numel() == 0:
+        return
+    b, h, tq, d = q.shape
+    _launch(
+        "attention_importance",
+        q.device,
+        q.data_ptr(),
+        k.data_ptr(),
+        lse.data_ptr(),
+        _address(head_weight),
+        _address(query_weight),
+        _address(key_mask),
+        partial.data_ptr(),
+        out.data_ptr(),
+        b,
+        h,
+        k.shape[1],
+        tq,
+        k.shape[2],
+        d,
+        partial.shape[0],
+        q.stride()[:3],
+        k.stride()[:3],
+        h if head_weight is not None and head_weight.shape[0] > 1 else 0,
+        scale,
+        of_max,
+        causal,
+        DTYPES[q.dtype],
     )
 
 

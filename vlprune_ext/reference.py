@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "attention_importance",
     "column_norm_sq_",
     "leave_one_out",
     "nm_mask",
@@ -153,3 +154,31 @@ def perturb(weight: Tensor, seed: int, tensor_id: int, eps: float) -> tuple[Tens
     """``weight + eps z`` and ``weight - eps z``; see :func:`vlprune_ext.ops.perturb`."""
     change = eps * normals(weight.numel(), seed, tensor_id).view(weight.shape)
     return (weight.double() + change).to(weight.dtype), (weight.double() - change).to(weight.dtype)
+
+
+def attention_importance(
+    q: Tensor,  # [B, H, Tq, d]
+    k: Tensor,  # [B, Hkv, Tk, d]
+    lse: Tensor,  # [B, H, Tq]
+    *,
+    head_weight: Tensor | None = None,  # [B or 1, H]
+    query_weight: Tensor | None = None,  # [B, Tq]
+    reduce: str = "sum",
+    causal: bool = False,
+    key_mask: Tensor | None = None,  # [B, Tk] bool
+    scale: float | None = None,
+) -> Tensor:  # [B, Tk]
+    """What the keys receive, from the whole map; see :func:`vlprune_ext.ops.attention_importance`."""
+    queries, keys = q.shape[2], k.shape[2]
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(-1, -2))  # [B, H, Tq, Tk]
+    visible = (lse > -torch.inf)[..., None].expand(scores.shape)
+    if causal:
+        visible = visible & torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None]
+    p = (scores - lse[..., None]).exp().masked_fill(~visible, 0)
+    if head_weight is not None:
+        p = head_weight[..., None, None] * p
+    of_heads = p.sum(1) if reduce == "sum" else p.amax(1)  # [B, Tq, Tk]
+    return (of_heads if query_weight is None else query_weight[..., None] * of_heads).sum(1)

@@ -96,5 +96,8 @@ void prune_nm(const PruneNM& args, int threads) { VLPRUNE_FORWARD(prune_nm, args
 void key_histogram(const KeyHistogram& args, int threads) { VLPRUNE_FORWARD(key_histogram, args, threads); }
 void count_keys(const CountKeys& args, int threads) { VLPRUNE_FORWARD(count_keys, args, threads); }
 void perturb(const Perturb& args, int threads) { VLPRUNE_FORWARD(perturb, args, threads); }
+void attention_importance(const AttentionImportance& args, int threads) {
+  VLPRUNE_FORWARD(attention_importance, args, threads);
+}
 
 }  // namespace vlprune::cpu

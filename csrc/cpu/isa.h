@@ -22,8 +22,8 @@ bool isa_available(Isa isa);
 void force_isa(const char* name);
 
 // Where one thread packs its operands: kScratchFloats floats on a cache line's boundary, owned by the calling thread
-// and reused by every call on it.
-constexpr int64_t kScratchFloats = 480 * 1024;
+// and reused by every call on it. The product of product.h leaves the last kKeptFloats of them to its visitor.
+constexpr int64_t kScratchFloats = 528 * 1024, kKeptFloats = 48 * 1024;
 float* scratch();
 
 #define VLPRUNE_DECLARE_KERNELS(isa_namespace) \

@@ -20,7 +20,7 @@ constexpr int64_t kDepth = 256;                           // k in a packed panel
 constexpr int64_t kBlockColumns = 352;                    // columns in a block of that depth: a third of an L2 of 1 MB
 constexpr int64_t kLeftFloats = kDepth * kRows + kLanes;  // one panel of left, and what packing overruns
 constexpr int64_t kRightFloats = kDepth * kBlockColumns;  // the block of right
-constexpr int64_t kPartialFloats = kScratchFloats - kLeftFloats - kRightFloats;  // sums of the chunks so far
+constexpr int64_t kPartialFloats = kScratchFloats - kKeptFloats - kLeftFloats - kRightFloats;  // sums of earlier chunks
 static_assert(kPartialFloats >= kRows * kBlockColumns, "the scratch of a thread is too small");
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -35,6 +35,9 @@ VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c);
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+VLPRUNE_INLINE Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }  // b where either is NaN
+VLPRUNE_INLINE Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // likewise
+VLPRUNE_INLINE Vec times_power(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
 
 VLPRUNE_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
@@ -123,6 +126,14 @@ VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c);
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+VLPRUNE_INLINE Vec minimum(Vec a, Vec b) { return _mm256_min_ps(a, b); }  // b where either is NaN
+VLPRUNE_INLINE Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // likewise
+VLPRUNE_INLINE Vec times_power(Vec v, Vec n) {  // v * 2^n for a whole n in -252 .. 254, in two steps
+  const __m256i power = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(power, 1), one = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, one), 23);
+  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(power, half), one), 23);
+  return _mm256_mul_ps(_mm256_mul_ps(v, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
+}
 
 VLPRUNE_INLINE Vec widen(__m128i bits, Half) { return _mm256_cvtph_ps(bits); }
 VLPRUNE_INLINE Vec widen(__m128i bits, BFloat16) {
@@ -188,6 +199,17 @@ VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return a + b; }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+VLPRUNE_INLINE Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
+VLPRUNE_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+VLPRUNE_INLINE Vec times_power(Vec v, Vec n) {
+  typedef int32_t Whole __attribute__((vector_size(16)));
+  const Whole power = __builtin_convertvector(n, Whole), half = power >> 1;
+  const Whole first = (half + 127) << 23, second = (power - half + 127) << 23;
+  Vec low, high;
+  std::memcpy(&low, &first, sizeof low);
+  std::memcpy(&high, &second, sizeof high);
+  return v * low * high;
+}
 
 VLPRUNE_INLINE uint32_t greater(Vec a, Vec b) {
   uint32_t mask = 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops import test_attention_importance as attention_importance
 from ops import test_column_norm_sq as column_norm_sq
 from ops import test_leave_one_out as leave_one_out
 from ops import test_perturb as perturb
@@ -148,3 +149,29 @@ def test_perturb(shape, seed, tensor_id, eps, isa, dtype):
     change = z.view(weight.shape) * eps
     assert torch.equal(prune_smallest.bits(plus), prune_smallest.bits((weight.float() + change).to(dtype)))
     assert torch.equal(prune_smallest.bits(minus), prune_smallest.bits((weight.float() - change).to(dtype)))
+
+
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
+@hypothesis.given(
+    b=st.integers(1, 3),
+    hkv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    tq=st.integers(1, 60),
+    tk=st.integers(1, 90),
+    d=st.integers(1, 40),
+    offset=st.integers(0, 3),
+    causal=st.booleans(),
+    masked=st.booleans(),
+    weighed=st.booleans(),
+    reduce=st.sampled_from(attention_importance.REDUCTIONS),
+    isa=st.sampled_from(ISAS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_attention_importance(b, hkv, group, tq, tk, d, offset, causal, masked, weighed, reduce, isa, dtype):
+    q, k = attention_importance.make((b, hkv * group, hkv, tq, tk, d + offset), dtype)
+    q, k = q[..., offset:], k[..., offset:]
+    mask = torch.rand(b, tk) < 0.6 if masked else None
+    lse = attention_importance.lse_of(q, k, causal, mask)
+    weigh = attention_importance.weights(q) if weighed else {}
+    with _native.force_isa(isa):
+        attention_importance.check(q, k, lse, reduce=reduce, causal=causal, key_mask=mask, **weigh)

@@ -2,8 +2,10 @@
 
 from .ablation import leave_one_out, retrieval_rank
 from .layerwise import column_norm_sq_, nm_mask, perturb, prune_nm_, prune_smallest_, share_smallest, smallest_mask
+from .token import attention_importance
 
 __all__ = [
+    "attention_importance",
     "column_norm_sq_",
     "leave_one_out",
     "nm_mask",

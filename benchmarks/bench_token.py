@@ -1,0 +1,156 @@
+"""Token-pruning ops beside plain torch and beside the attention they look at, at the shapes of real models.
+
+Run: ``make bench``, or ``pytest benchmarks -o python_files='bench_*.py'`` to only look.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vlprune_ext import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# name: H, Hkv, d
+MODELS = {"LLaVA-1.5-7B": (32, 32, 128), "Qwen2.5-VL-7B": (28, 4, 128)}
+
+
+def make(h, hkv, tq, tk, d, dtype, device):
+    """Views of projections [1, T, H, d]."""
+    q = torch.randn(1, tq, h, d, device=device).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(1, tk, hkv, d, device=device).to(dtype).transpose(1, 2) for _ in range(2))
+    return q, k, v
+
+
+def flash(q, k, v):
+    """Output and log-sum-exp of SDPA's flash forward, whose kernels know no groups of heads."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
+def lse_in_torch(q, k):
+    """Head by head, where flash attention does not take the dtype or the heads."""
+    group = q.shape[1] // k.shape[1]
+    heads = [(q[:, h].float() @ k[:, h // group].float().mT * q.shape[-1] ** -0.5) for h in range(q.shape[1])]
+    return torch.stack([scores.logsumexp(-1) for scores in heads], 1)
+
+
+def map_in_torch(q, k, reduce):
+    if q.shape[1] != k.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    attention = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return attention.sum((1, 2)) if reduce == "sum" else attention.amax(1).sum(1)
+
+
+def skip_what_torch_takes_minutes_for(dtype, device):
+    if device.type == "cpu" and dtype != torch.float32:
+        pytest.skip("torch takes minutes for this product of 16-bit matrices where the CPU has none of its own")
+
+
+MEASURE_RSS = """
+import sys, torch
+from vlprune_ext import ops
+h, t, d = map(int, sys.argv[1:4])
+q, k = torch.randn(1, h, t, d), torch.randn(1, h, t, d)
+lse = torch.full((1, h, t), float(t)).log()
+ops.attention_importance(q[:, :, :1], k[:, :, :1], lse[:, :, :1])
+def status(key):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1024
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+before = status("VmRSS")
+ops.attention_importance(q, k, lse, reduce=sys.argv[4])
+print(status("VmHWM") - before)
+"""
+
+
+def extra_memory_mb(h: int, t: int, d: int, reduce: str, device: torch.device) -> float:
+    """What one call needs beyond its inputs, at its peak: by a process's resident memory, or by CUDA's allocator."""
+    if device.type == "cpu":
+        command = [sys.executable, "-c", MEASURE_RSS, str(h), str(t), str(d), reduce]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    q, k, _ = make(h, h, t, t, d, torch.float32, device)
+    lse = torch.zeros(1, h, t, device=device)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ops.attention_importance(q, k, lse, reduce=reduce)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("tokens", [576, 2048, 8192])
+def test_attention_importance(tokens, reduce, dtype, device, compare):
+    """Beside the eager map; at 8192 tokens on a CPU alone, where the map is 8.6 GB."""
+    skip_what_torch_takes_minutes_for(dtype, device)
+    name = "LLaVA-1.5-7B"
+    h, hkv, d = MODELS[name]
+    q, k, v = make(h, hkv, tokens, tokens, d, dtype, device)
+    lse = lse_in_torch(q, k) if device.type == "cuda" and dtype == torch.float32 else flash(q, k, v)[1]
+    extra = {}
+    if tokens == 8192:
+        memory = extra_memory_mb(h, tokens, d, reduce, device)
+        extra = {"extra_memory_mb": memory, "notes": f"{memory:.1f} MB extra; the map: {4 * h * tokens**2 / 2**20:.0f}"}
+        assert memory < 0.01 * 4 * h * tokens**2 / 2**20
+    alone = device.type == "cpu" and tokens == 8192
+    compare(
+        f"attention_importance, {reduce}",
+        f"{name}: H={h} T={tokens} d={d}",
+        lambda: ops.attention_importance(q, k, lse, reduce=reduce),
+        None if alone else lambda: map_in_torch(q, k, reduce),
+        baseline_name="" if alone else "softmax(q @ k.T), reduced",
+        dtype=dtype,
+        flops=2 * h * tokens**2 * d,
+        moved=2 * q.numel() * q.element_size() + lse.numel() * 4,
+        rounds=15 if device.type == "cuda" else 2 if alone else 5,
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [576, 2048, 8192])
+def test_attention_importance_beside_flash(tokens, dtype, device, compare):
+    """What the attention itself costs: with the log-sum-exp in hand, half its products and none of its output."""
+    skip_what_torch_takes_minutes_for(dtype, device)
+    if device.type == "cuda" and dtype == torch.float32:
+        pytest.skip("flash attention takes 16-bit numbers on a GPU")
+    name = "LLaVA-1.5-7B"
+    h, hkv, d = MODELS[name]
+    q, k, v = make(h, hkv, tokens, tokens, d, dtype, device)
+    lse = flash(q, k, v)[1]
+    compare(
+        "attention_importance beside attention",
+        f"{name}: H={h} T={tokens} d={d}",
+        lambda: ops.attention_importance(q, k, lse),
+        lambda: flash(q, k, v),
+        baseline_name="SDPA flash forward",
+        dtype=dtype,
+        flops=2 * h * tokens**2 * d,
+        rounds=15 if device.type == "cuda" else 2 if tokens == 8192 else 5,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [576, 2048, 8192])
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_importance_of_one_row(name, tokens, dtype, device, compare):
+    """The last query: bound by reading k."""
+    skip_what_torch_takes_minutes_for(dtype, device)
+    h, hkv, d = MODELS[name]
+    q, k, _ = make(h, hkv, 1, tokens, d, dtype, device)
+    lse = lse_in_torch(q, k)
+    compare(
+        "attention_importance, one row",
+        f"{name}: H={h} Hkv={hkv} Tk={tokens} d={d}",
+        lambda: ops.attention_importance(q, k, lse),
+        lambda: map_in_torch(q, k, "sum"),
+        baseline_name="softmax(q @ k.T), summed",
+        dtype=dtype,
+        flops=2 * h * tokens * d,
+        moved=k.numel() * k.element_size(),
+        rounds=15,
+    )
