@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from vlprune_ext import ops
+from vlprune_ext import _native, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # name: H, Hkv, d
@@ -153,4 +153,98 @@ def test_attention_importance_of_one_row(name, tokens, dtype, device, compare):
         flops=2 * h * tokens * d,
         moved=k.numel() * k.element_size(),
         rounds=15,
+    )
+
+
+def bytes_of(*tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# ---- select_tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [576, 2048])
+def test_select_tokens(tokens, device, compare):
+    score = torch.randn(8, tokens, device=device).softmax(-1)
+    keep = tokens // 4
+
+    def topk_and_sort():
+        return score.topk(keep, dim=1).indices.sort(dim=1).values
+
+    ours, theirs = (
+        score.gather(1, index).sort(1).values for index in (ops.select_tokens(score, keep), topk_and_sort())
+    )
+    assert torch.equal(ours, theirs)  # among equal scores topk may choose others
+    compare(
+        "select_tokens",
+        f"score=[8, {tokens}], keep={keep}",
+        lambda: ops.select_tokens(score, keep),
+        topk_and_sort,
+        baseline_name="topk, sort",
+        moved=bytes_of(score) + 8 * keep * 8,
+        rounds=25,
+    )
+
+
+# ---- compact_tokens -------------------------------------------------------------------------------------------------
+
+TOKENS, KEEP = 640, 208
+
+
+def layer_state(device):
+    """[1, .., T, ..] and the token dimension of each: what a decoder layer of LLaVA-1.5-7B hands on."""
+    heads, d = 32, 128
+    rows = {
+        "hidden": (torch.randn(1, TOKENS, heads * d, device=device).to(torch.bfloat16), 1),
+        "cos": (torch.randn(1, TOKENS, d, device=device).to(torch.bfloat16), 1),
+        "sin": (torch.randn(1, TOKENS, d, device=device).to(torch.bfloat16), 1),
+        "position ids": (torch.arange(TOKENS, device=device)[None], 1),
+        "mask": (torch.ones(1, TOKENS, dtype=torch.bool, device=device), 1),
+        "keys": (torch.randn(1, heads, TOKENS, d, device=device).to(torch.bfloat16), 2),
+        "values": (torch.randn(1, heads, TOKENS, d, device=device).to(torch.bfloat16), 2),
+    }
+    return [tensor for tensor, _ in rows.values()], [dim for _, dim in rows.values()]
+
+
+@pytest.mark.parametrize("beside", ["gather", "index_select", "copy"])
+def test_compact_tokens(beside, device, compare):
+    tensors, dims = layer_state(device)
+    index = torch.rand(1, TOKENS, device=device).argsort(1)[:, :KEEP].sort(1).values
+    kept = ops.compact_tokens(index, tensors, dims)
+    places = [
+        index.view([1] * dim + [KEEP] + [1] * (result.dim() - dim - 1)).expand(result.shape)
+        for result, dim in zip(kept, dims, strict=True)
+    ]
+    copies = [torch.empty_like(tensor) for tensor in kept]
+
+    def gather():
+        return [tensor.gather(dim, place) for tensor, dim, place in zip(tensors, dims, places, strict=True)]
+
+    def index_select():  # works for a batch of one only
+        return [tensor.index_select(dim, index[0]) for tensor, dim in zip(tensors, dims, strict=True)]
+
+    def copy():
+        for result, other in zip(kept, copies, strict=True):
+            other.copy_(result)
+
+    if beside != "copy":
+        for ours, theirs in zip(kept, gather() if beside == "gather" else index_select(), strict=True):
+            assert torch.equal(ours, theirs)
+    into = [torch.empty_like(tensor) for tensor in kept]
+
+    def compact():
+        if beside == "copy":  # both into given tensors: on a CPU, the page faults of new ones would hide the difference
+            _native.compact_tokens(index, tensors, into, dims, TOKENS)
+        else:
+            ops.compact_tokens(index, tensors, dims)
+
+    compare(
+        "compact_tokens / copy" if beside == "copy" else f"compact_tokens, {beside}",
+        f"layer of {TOKENS} tokens, keep={KEEP}",
+        compact,
+        {"gather": gather, "index_select": index_select, "copy": copy}[beside],
+        baseline_name={"copy": "copy_ of what is kept"}.get(beside, f"{beside}, one a tensor"),
+        dtype=torch.bfloat16,
+        moved=2 * bytes_of(*kept),
+        rounds=25 if device.type == "cuda" else 9,
     )

@@ -190,19 +190,60 @@ void attention_importance(std::uintptr_t q, std::uintptr_t k, std::uintptr_t lse
   launch<Launch>(args, where);
 }
 
+template <auto Launch, typename Where>
+void select_tokens(std::uintptr_t score, std::uintptr_t protect, std::uintptr_t index, int64_t rows, int64_t tokens,
+                   int64_t keep, int64_t score_stride, int64_t protect_stride, int dtype, Where where) {
+  vlprune::SelectTokens args{};
+  args.score = pointer<const void>(score);
+  args.protect = pointer<const uint8_t>(protect);
+  args.index = pointer<int64_t>(index);
+  args.rows = rows;
+  args.tokens = tokens;
+  args.keep = keep;
+  args.score_stride = score_stride;
+  args.protect_stride = protect_stride;
+  args.dtype = static_cast<DType>(dtype);
+  launch<Launch>(args, where);
+}
+
+// (in, out, outer, inner, run, batch_stride, outer_stride, token_stride, inner_stride), as _native.py's _token_tensor()
+// gives them.
+using TokenTuple =
+    std::tuple<std::uintptr_t, std::uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+template <auto Launch, typename Where>
+void compact_tokens(std::uintptr_t index, const std::vector<TokenTuple>& tuples, int64_t batch, int64_t keep,
+                    int64_t tokens, Where where) {
+  std::vector<vlprune::TokenTensor> tensors;
+  tensors.reserve(tuples.size());
+  for (const auto& [in, out, outer, inner, run, batch_stride, outer_stride, token_stride, inner_stride] : tuples)
+    tensors.push_back({pointer<const void>(in), pointer<void>(out), outer, inner, run, batch_stride, outer_stride,
+                       token_stride, inner_stride});
+  vlprune::CompactTokens args{};
+  args.index = pointer<const int64_t>(index);
+  args.tensors = tensors.data();
+  args.count = static_cast<int64_t>(tensors.size());
+  args.batch = batch;
+  args.keep = keep;
+  args.tokens = tokens;
+  launch<Launch>(args, where);
+}
+
 }  // namespace
 
 // Every launcher of a namespace, as functions of the submodule.
-#define VLPRUNE_BIND(module, where, Where)                                               \
-  module.def("leave_one_out", &leave_one_out<&vlprune::where::leave_one_out, Where>);    \
-  module.def("retrieval_rank", &retrieval_rank<&vlprune::where::retrieval_rank, Where>); \
-  module.def("column_norm_sq", &column_norm_sq<&vlprune::where::column_norm_sq, Where>); \
-  module.def("prune_smallest", &prune_smallest<&vlprune::where::prune_smallest, Where>); \
-  module.def("prune_nm", &prune_nm<&vlprune::where::prune_nm, Where>);                   \
-  module.def("key_histogram", &key_histogram<&vlprune::where::key_histogram, Where>);    \
-  module.def("count_keys", &count_keys<&vlprune::where::count_keys, Where>);             \
-  module.def("perturb", &perturb<&vlprune::where::perturb, Where>);                      \
-  module.def("attention_importance", &attention_importance<&vlprune::where::attention_importance, Where>)
+#define VLPRUNE_BIND(module, where, Where)                                                                 \
+  module.def("leave_one_out", &leave_one_out<&vlprune::where::leave_one_out, Where>);                      \
+  module.def("retrieval_rank", &retrieval_rank<&vlprune::where::retrieval_rank, Where>);                   \
+  module.def("column_norm_sq", &column_norm_sq<&vlprune::where::column_norm_sq, Where>);                   \
+  module.def("prune_smallest", &prune_smallest<&vlprune::where::prune_smallest, Where>);                   \
+  module.def("prune_nm", &prune_nm<&vlprune::where::prune_nm, Where>);                                     \
+  module.def("key_histogram", &key_histogram<&vlprune::where::key_histogram, Where>);                      \
+  module.def("count_keys", &count_keys<&vlprune::where::count_keys, Where>);                               \
+  module.def("perturb", &perturb<&vlprune::where::perturb, Where>);                                        \
+  module.def("attention_importance", &attention_importance<&vlprune::where::attention_importance, Where>); \
+  module.def("select_tokens", &select_tokens<&vlprune::where::select_tokens, Where>);                      \
+  module.def("compact_tokens", &compact_tokens<&vlprune::where::compact_tokens, Where>)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of vlprune_ext; called through vlprune_ext.ops.";

@@ -131,17 +131,52 @@ struct AttentionImportance {
   DType dtype;  // of q and k
 };
 
+// What select_tokens orders by, the least first: number(score) = the bits of fp32 score, of a negative one as they are,
+// of others with the lower 31 inverted, so that the highest score has the least; -0 as +0, every NaN kNoScore, behind
+// -inf. Where fewer tokens than `keep` are protected, those have kAlways instead; elsewhere all others have kNever.
+constexpr uint32_t kAlways = 0, kNoScore = 0xff800001u, kNever = 0xffffffffu;
+
+// index[i, :] = the `keep` tokens of row i that come first by number, ties to the lower position; ascending.
+struct SelectTokens {
+  const void* score;       // [rows, tokens], rows `score_stride` apart, last dimension contiguous
+  const uint8_t* protect;  // [rows, tokens] of 0 or 1, rows `protect_stride` apart, last dimension contiguous; or null
+  int64_t* index;          // [rows, keep], contiguous
+  int64_t rows, tokens, keep;  // 0 < keep <= tokens < 2^31
+  int64_t score_stride, protect_stride;
+  DType dtype;  // of score
+};
+
+// One tensor of compact_tokens, as runs of `run` bytes: in [B or 1, outer, T, inner, run], out [B, outer, K, inner,
+// run], contiguous. Strides are in bytes.
+struct TokenTensor {
+  const void* in;
+  void* out;
+  int64_t outer, inner, run;
+  int64_t batch_stride;  // 0: one for all
+  int64_t outer_stride, token_stride, inner_stride;
+};
+
+// out[b, :, k, :] = in[b, :, index[b, k], :] for each of some tensors.
+struct CompactTokens {
+  const int64_t* index;        // [B, K], contiguous, 0 <= index < T
+  const TokenTensor* tensors;  // [count] on the host, also for cuda::
+  int64_t count;
+  int64_t batch, keep, tokens;  // B, K, T
+};
+
 // Declares every launcher; `where` is its last parameter.
-#define VLPRUNE_DECLARE_OPS(where)                       \
-  void leave_one_out(const LeaveOneOut& args, where);    \
-  void retrieval_rank(const RetrievalRank& args, where); \
-  void column_norm_sq(const ColumnNormSq& args, where);  \
-  void prune_smallest(const PruneSmallest& args, where); \
-  void prune_nm(const PruneNM& args, where);             \
-  void key_histogram(const KeyHistogram& args, where);   \
-  void count_keys(const CountKeys& args, where);         \
-  void perturb(const Perturb& args, where);              \
-  void attention_importance(const AttentionImportance& args, where);
+#define VLPRUNE_DECLARE_OPS(where)                                   \
+  void leave_one_out(const LeaveOneOut& args, where);                \
+  void retrieval_rank(const RetrievalRank& args, where);             \
+  void column_norm_sq(const ColumnNormSq& args, where);              \
+  void prune_smallest(const PruneSmallest& args, where);             \
+  void prune_nm(const PruneNM& args, where);                         \
+  void key_histogram(const KeyHistogram& args, where);               \
+  void count_keys(const CountKeys& args, where);                     \
+  void perturb(const Perturb& args, where);                          \
+  void attention_importance(const AttentionImportance& args, where); \
+  void select_tokens(const SelectTokens& args, where);               \
+  void compact_tokens(const CompactTokens& args, where);
 
 namespace cpu {
 VLPRUNE_DECLARE_OPS(int threads)

@@ -7,7 +7,7 @@ current stream; for the CPU, torch's thread count. Everything about the argument
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -219,6 +219,91 @@ def attention_importance(
         causal,
         DTYPES[q.dtype],
     )
+
+
+def select_tokens(score: Tensor, protected: Tensor | None, index: Tensor) -> None:
+    if index.numel() == 0:
+        return
+    _launch(
+        "select_tokens",
+        score.device,
+        score.data_ptr(),
+        _address(protected),
+        index.data_ptr(),
+        score.shape[0],
+        score.shape[1],
+        index.shape[1],
+        score.stride(0),
+        0 if protected is None else protected.stride(0),
+        DTYPES[score.dtype],
+    )
+
+
+def compact_tokens(
+    index: Tensor, tensors: Sequence[Tensor], out: Sequence[Tensor], dims: Sequence[int], tokens: int
+) -> None:
+    kept = [_token_tensor(*each) for each in zip(tensors, out, dims, strict=True) if each[1].numel()]
+    if not kept:
+        return
+    _launch(
+        "compact_tokens",
+        index.device,
+        index.data_ptr(),
+        [each[0] for each in kept],
+        index.shape[0],
+        index.shape[1],
+        tokens,
+    )
+
+
+_TokenTuple = tuple[int, int, int, int, int, int, int, int, int]
+
+
+def _token_tensor(tensor: Tensor, out: Tensor, dim: int) -> tuple[_TokenTuple, Tensor]:
+    """A tensor as compact_tokens takes it (csrc/ops.h), and what has to live as long: the tensor or a copy.
+
+    Copied is what has two dimensions or more before the token's, or after it and before what is contiguous, that
+    cannot be walked with one stride.
+    """
+    sizes, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
+    run = 1
+    last = tensor.dim() - 1
+    while last > dim and (strides[last] == run or sizes[last] == 1):
+        run *= sizes[last]
+        last -= 1
+    outer = _merged(sizes[1:dim], strides[1:dim])
+    inner = _merged(sizes[dim + 1 : last + 1], strides[dim + 1 : last + 1])
+    if outer is None or inner is None:
+        return _token_tensor(tensor.contiguous(), out, dim)
+    described = (
+        tensor.data_ptr(),
+        out.data_ptr(),
+        outer[0],
+        inner[0],
+        run * size,
+        strides[0] * size if sizes[0] > 1 else 0,
+        outer[1] * size,
+        strides[dim] * size,
+        inner[1] * size,
+    )
+    return described, tensor
+
+
+def _merged(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """Size and stride of some dimensions walked as one, or None where one stride does not do."""
+    if len(sizes) == 0:
+        return 1, 0
+    if len(sizes) == 1:
+        return sizes[0], strides[0]
+    size, stride = 1, 0
+    for next_size, next_stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if next_size == 1:
+            continue
+        if size > 1 and next_stride != stride * size:
+            return None
+        stride = stride if size > 1 else next_stride
+        size *= next_size
+    return size, stride
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "attention_importance",
     "column_norm_sq_",
+    "compact_tokens",
     "leave_one_out",
     "nm_mask",
     "normals",
@@ -22,6 +23,7 @@ __all__ = [
     "prune_nm_",
     "prune_smallest_",
     "retrieval_rank",
+    "select_tokens",
     "share_smallest",
     "smallest_mask",
 ]
@@ -182,3 +184,35 @@ def attention_importance(
         p = head_weight[..., None, None] * p
     of_heads = p.sum(1) if reduce == "sum" else p.amax(1)  # [B, Tq, Tk]
     return (of_heads if query_weight is None else query_weight[..., None] * of_heads).sum(1)
+
+
+def select_tokens(
+    score: Tensor,  # [B, T]
+    keep: int,
+    protected: Tensor | None = None,  # [B, T] bool
+) -> Tensor:  # [B, keep] int64
+    """The first of a stable sort, in ascending order; see :func:`vlprune_ext.ops.select_tokens`."""
+    nan = score.isnan()
+    plain = score.masked_fill(nan, -torch.inf) + 0  # no -0, which a sort on CUDA tells from +0
+    order = plain.sort(dim=1, descending=True, stable=True).indices
+    # What matters more is sorted by later.
+    for later in (nan,) if protected is None else (nan, ~protected):
+        order = order.gather(1, later.gather(1, order).to(torch.uint8).sort(dim=1, stable=True).indices)
+    return order[:, :keep].sort(dim=1).values
+
+
+def compact_tokens(
+    index: Tensor,  # [B, K]
+    tensors: Sequence[Tensor],  # [B or 1, .., T, ..]
+    dims: Sequence[int] | None = None,
+) -> list[Tensor]:  # [B, .., K, ..]
+    """``gather`` of each tensor; see :func:`vlprune_ext.ops.compact_tokens`."""
+    batch, keep = index.shape
+    out = []
+    for tensor, dim in zip(tensors, [1] * len(tensors) if dims is None else dims, strict=True):
+        place = dim % tensor.dim()
+        shape = [batch, *tensor.shape[1:]]
+        shape[place] = keep
+        where = index.reshape(batch, *[1] * (place - 1), keep, *[1] * (tensor.dim() - place - 1)).expand(shape)
+        out.append(tensor.expand(batch, *tensor.shape[1:]).gather(place, where))
+    return out

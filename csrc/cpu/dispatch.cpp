@@ -99,5 +99,7 @@ void perturb(const Perturb& args, int threads) { VLPRUNE_FORWARD(perturb, args, 
 void attention_importance(const AttentionImportance& args, int threads) {
   VLPRUNE_FORWARD(attention_importance, args, threads);
 }
+void select_tokens(const SelectTokens& args, int threads) { VLPRUNE_FORWARD(select_tokens, args, threads); }
+void compact_tokens(const CompactTokens& args, int threads) { VLPRUNE_FORWARD(compact_tokens, args, threads); }
 
 }  // namespace vlprune::cpu

@@ -6,11 +6,13 @@ import pytest
 import torch
 from ops import test_attention_importance as attention_importance
 from ops import test_column_norm_sq as column_norm_sq
+from ops import test_compact_tokens as compact_tokens
 from ops import test_leave_one_out as leave_one_out
 from ops import test_perturb as perturb
 from ops import test_prune_nm as prune_nm
 from ops import test_prune_smallest as prune_smallest
 from ops import test_retrieval_rank as retrieval_rank
+from ops import test_select_tokens as select_tokens
 from ops import test_share_smallest as share_smallest
 from ops.pruning import KINDS, SCALES, finite_scores
 
@@ -175,3 +177,53 @@ def test_attention_importance(b, hkv, group, tq, tk, d, offset, causal, masked, 
     weigh = attention_importance.weights(q) if weighed else {}
     with _native.force_isa(isa):
         attention_importance.check(q, k, lse, reduce=reduce, causal=causal, key_mask=mask, **weigh)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(
+    batch=st.integers(1, 4),
+    tokens=st.integers(1, 200),
+    offset=st.integers(0, 3),
+    transposed=st.booleans(),
+    kind=st.sampled_from(sorted(select_tokens.SCORES)),
+    protect=st.sampled_from(sorted(select_tokens.PROTECT)),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_select_tokens(batch, tokens, offset, transposed, kind, protect, isa, threads, dtype, data):
+    score = select_tokens.SCORES[kind]((batch, tokens + offset), dtype)[:, offset:]
+    score = score.t() if transposed else score
+    keep = data.draw(st.integers(1, score.shape[1]))
+    torch.set_num_threads(threads)
+    with _native.force_isa(isa):
+        select_tokens.check(score, keep, select_tokens.PROTECT[protect](score.shape, keep), f"{kind} {protect}")
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 20),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_compact_tokens(batch, tokens, isa, threads, data):
+    """Tensors of up to five dimensions, the others than batch and tokens in any order in memory and any stride."""
+    tensors, dims = [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        dtype = data.draw(st.sampled_from(compact_tokens.DTYPES))
+        sizes = data.draw(st.lists(st.integers(1, 5), max_size=3))
+        dim = data.draw(st.integers(1, len(sizes) + 1))
+        shape = [data.draw(st.sampled_from([1, batch])), *sizes]
+        shape.insert(dim, tokens)
+        steps = [data.draw(st.integers(1, 2)) for _ in shape]
+        order = data.draw(st.permutations(range(len(shape))))
+        whole = compact_tokens.some([shape[place] * steps[place] for place in order], dtype)
+        strided = whole[tuple(slice(None, None, steps[place]) for place in order)]
+        tensors.append(strided.permute([order.index(place) for place in range(len(shape))]))
+        dims.append(dim)
+    torch.set_num_threads(threads)
+    with _native.force_isa(isa):
+        compact_tokens.check(compact_tokens.choose(batch, tokens, data.draw(st.integers(0, tokens))), tensors, dims)

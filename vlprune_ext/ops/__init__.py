@@ -2,17 +2,19 @@
 
 from .ablation import leave_one_out, retrieval_rank
 from .layerwise import column_norm_sq_, nm_mask, perturb, prune_nm_, prune_smallest_, share_smallest, smallest_mask
-from .token import attention_importance
+from .token import attention_importance, compact_tokens, select_tokens
 
 __all__ = [
     "attention_importance",
     "column_norm_sq_",
+    "compact_tokens",
     "leave_one_out",
     "nm_mask",
     "perturb",
     "prune_nm_",
     "prune_smallest_",
     "retrieval_rank",
+    "select_tokens",
     "share_smallest",
     "smallest_mask",
 ]

@@ -1,4 +1,4 @@
-"""Ops for token pruning: which tokens do the others attend to?
+"""Ops for token pruning: which tokens the others attend to, which to keep, and a layer's state without the others.
 
 For each op: the schema, one function that checks the arguments and allocates the output (it is the fake, too), the
 implementation, and the public function.
@@ -7,26 +7,31 @@ implementation, and the public function.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .checks import check_tensors, expect_tensors, rows, shape
+from .checks import check_tensors, expect_int, expect_tensors, rows, shape
 
-__all__ = ["attention_importance"]
+__all__ = ["attention_importance", "compact_tokens", "select_tokens"]
 
 _library = torch.library.Library("vlprune", "FRAGMENT")
 _library.define(
     "attention_importance(Tensor q, Tensor k, Tensor lse, Tensor? head_weight, Tensor? query_weight, str reduce,"
     " bool causal, Tensor? key_mask, float scale) -> Tensor"
 )
+_library.define("select_tokens(Tensor score, SymInt keep, Tensor? protected=None) -> Tensor")
+_library.define("compact_tokens(Tensor index, Tensor[] tensors, int[]? dims) -> Tensor[]")
 
 REDUCTIONS = ("sum", "max")
 _CPU_QUERIES = 144  # of a part: a packed block of keys pays for itself
 _CUDA_KEYS, _CUDA_QUERIES = 128, {"sum": 128, "max": 64}  # of a tile
 _CUDA_BLOCKS = 1024  # of a sample: about four for every place on a large GPU
 _CUDA_STEPS = {"sum": 2, "max": 1}  # of a block at least, so that loads and sums overlap
+_INT32_MAX = 2**31 - 1
 
 
 # ---- attention_importance -------------------------------------------------------------------------------------------
@@ -208,3 +213,225 @@ def attention_importance(
 _library.impl("attention_importance", _attention_importance, "CPU")
 _library.impl("attention_importance", _attention_importance, "CUDA")
 torch.library.register_fake("vlprune::attention_importance", _attention_importance_out, lib=_library)
+
+
+# ---- select_tokens --------------------------------------------------------------------------------------------------
+
+
+def _selected(
+    score: Tensor,  # [B, T]
+    keep: int,
+    protected: Tensor | None = None,  # [B, T]
+) -> Tensor:  # [B, keep] int64, not filled
+    check_tensors(score=score)
+    if score.dim() != 2:
+        raise ValueError(f"score has shape {shape(score)}; expected two dimensions [B, T]")
+    if score.shape[0] > _INT32_MAX or score.shape[1] > _INT32_MAX:
+        raise ValueError(f"score has shape {shape(score)}; expected fewer than 2**31 rows and 2**31 tokens")
+    if not 0 < keep <= score.shape[1]:
+        raise ValueError(f"keep is {keep}; expected 0 < keep <= {score.shape[1]} (T, the tokens of score)")
+    if protected is not None:
+        if protected.dtype != torch.bool:
+            raise TypeError(f"protected has dtype {protected.dtype}; expected bool")
+        if protected.shape != score.shape:
+            raise ValueError(f"protected has shape {shape(protected)}; expected {shape(score)} as score")
+        if protected.device != score.device:
+            raise ValueError(f"protected is on {protected.device}; expected {score.device} as score")
+    return score.new_empty((score.shape[0], keep), dtype=torch.int64)
+
+
+def _select_tokens(score: Tensor, keep: int, protected: Tensor | None = None) -> Tensor:
+    index = _selected(score, keep, protected)
+    _native.select_tokens(rows(score), None if protected is None else rows(protected), index)
+    return index
+
+
+def select_tokens(score: Tensor, keep: int, protected: Tensor | None = None) -> Tensor:
+    """The ``keep`` tokens of highest score of each row, as ascending positions.
+
+    Exactly those that a stable sort puts first: ties go to the lower position, whatever the other rows hold. Neither
+    the host nor another stream is waited for, and a CUDA graph may capture it.
+
+    Parameters
+    ----------
+    score : [B, T], fp32/fp16/bf16
+        The higher, the longer a token stays. -0 equals +0; a NaN ranks below everything, -inf included.
+    keep : int
+        K, 0 < keep <= T.
+    protected : [B, T], bool, optional
+        These come before all others, whatever their scores. Where they are more than ``keep``, those of highest score
+        among them stay.
+
+    Returns
+    -------
+    [B, K], int64
+        For :func:`compact_tokens`.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is not supported.
+    ValueError
+        Shapes or devices that do not fit, keep out of range.
+    """
+    expect_tensors(score=score)
+    if protected is not None:
+        expect_tensors(protected=protected)
+    return torch.ops.vlprune.select_tokens(score.detach(), expect_int("keep", keep), protected)
+
+
+_library.impl("select_tokens", _select_tokens, "CPU")
+_library.impl("select_tokens", _select_tokens, "CUDA")
+torch.library.register_fake("vlprune::select_tokens", _selected, lib=_library)
+
+
+# ---- compact_tokens -------------------------------------------------------------------------------------------------
+
+
+def _token_dims(tensors: Sequence[Tensor], dims: Sequence[int] | None) -> Sequence[int]:
+    """Of each tensor, counted from the front."""
+    if dims is None:
+        dims = [1] * len(tensors)
+    if len(dims) != len(tensors):
+        raise ValueError(f"dims has {len(dims)} entries; expected {len(tensors)}, one for each of tensors")
+    found = []
+    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+        dimensions = tensor.dim()
+        if dimensions < 2:
+            raise ValueError(f"tensors[{i}] has shape {shape(tensor)}; expected [B, .., T, ..]")
+        place = dim + dimensions if dim < 0 else dim
+        if not 1 <= place < dimensions:
+            raise ValueError(
+                f"dims[{i}] is {dim}; expected a dimension of tensors[{i}] {shape(tensor)} behind its batch,"
+                f" 1 <= dim < {dimensions}"
+            )
+        found.append(place)
+    return found
+
+
+def _compacted(
+    index: Tensor,  # [B, K]
+    tensors: Sequence[Tensor],  # [B or 1, .., T, ..]
+    dims: Sequence[int] | None,
+) -> list[Tensor]:  # [B, .., K, ..], not filled
+    if index.dtype != torch.int64:
+        raise TypeError(f"index has dtype {index.dtype}; expected int64")
+    if index.dim() != 2:
+        raise ValueError(f"index has shape {shape(index)}; expected two dimensions [B, K]")
+    device = index.device
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"index is on {device}; expected a CPU or CUDA tensor")
+    batch, keep = index.shape
+    out: list[Tensor] = []
+    expected = -1  # tokens
+    for i, (tensor, dim) in enumerate(zip(tensors, _token_dims(tensors, dims), strict=True)):
+        sizes = tensor.shape
+        tokens = sizes[dim]
+        if tensor.device != device:
+            raise ValueError(f"tensors[{i}] is on {tensor.device}; expected {device} as index")
+        if sizes[0] != batch and sizes[0] != 1:
+            raise ValueError(
+                f"tensors[{i}] has shape {shape(tensor)}; expected a batch of {batch} as index, or of 1 (shared)"
+            )
+        expected = expected if out else tokens
+        if tokens == 0 and keep > 0:
+            raise ValueError(f"tensors[{i}] has shape {shape(tensor)}; expected at least one token")
+        if tokens != expected:
+            raise ValueError(
+                f"tensors[{i}] has shape {shape(tensor)}, {tokens} tokens in dimension {dim};"
+                f" expected {expected} as tensors[0]"
+            )
+        out.append(tensor.new_empty((batch, *sizes[1:dim], keep, *sizes[dim + 1 :])))
+    return out
+
+
+def _check_index(index: Tensor, tokens: int) -> None:
+    """On the host, where looking costs next to nothing and a stray address could do any harm."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    least, most = index.aminmax()
+    if least >= 0 and most < tokens:
+        return
+    row, column = ((index < 0) | (index >= tokens)).nonzero()[0].tolist()
+    raise ValueError(
+        f"index[{row}, {column}] is {index[row, column].item()}; expected 0 <= index < {tokens}, the tokens of tensors"
+    )
+
+
+def _compact_tokens(index: Tensor, tensors: Sequence[Tensor], dims: Sequence[int] | None) -> list[Tensor]:
+    places = _token_dims(tensors, dims)
+    out = _compacted(index, tensors, places)
+    if out:
+        tokens = tensors[0].shape[places[0]]
+        _check_index(index, tokens)
+        _native.compact_tokens(index.contiguous(), tensors, out, places, tokens)
+    return out
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, list[Tensor], list[int] | None], output: list[Tensor]) -> None:
+    index, tensors, dims = inputs
+    ctx.save_for_backward(index)
+    ctx.dims = _token_dims(tensors, dims)
+    ctx.shapes = [tensor.shape if tensor.requires_grad else None for tensor in tensors]
+    ctx.mark_non_differentiable(*(kept for kept, full in zip(output, ctx.shapes, strict=True) if full is None))
+    ctx.set_materialize_grads(False)
+
+
+def _spread(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[None, list[Tensor | None], None]:
+    """The gradients back where the tokens were, zeros elsewhere; those of a shared batch are summed."""
+    (index,) = ctx.saved_tensors
+    batch = torch.arange(index.shape[0], device=index.device)[:, None]
+    found: list[Tensor | None] = []
+    for grad, full, dim in zip(grads, ctx.shapes, ctx.dims, strict=True):
+        if grad is None or full is None:
+            found.append(None)
+            continue
+        row = batch if full[0] == index.shape[0] else torch.zeros_like(batch)
+        spread = grad.new_zeros(full)
+        spread.movedim(dim, 1).index_put_((row, index), grad.movedim(dim, 1), accumulate=True)
+        found.append(spread)
+    return None, found, None
+
+
+def compact_tokens(index: Tensor, tensors: Sequence[Tensor], dims: Sequence[int] | None = None) -> list[Tensor]:
+    """Each tensor with the tokens of ``index`` only, in that order: a layer's state after pruning, in one launch.
+
+    Differentiable in the tensors that are: a gradient goes back where its token was, and is zero elsewhere.
+
+    Parameters
+    ----------
+    index : [B, K], int64
+        Positions, each once in a row, as :func:`select_tokens` gives them. Not looked at by the host if on a GPU: there
+        a position out of range ends in a CUDA error, as in torch's own indexing.
+    tensors : sequence of [B, .., T, ..] or [1, .., T, ..], any dtypes
+        Hidden states [B, T, D], position ids [B, T], masks, cos and sin, keys and values [B, H, T, d]. A batch of 1 is
+        shared by all rows. Any strides; what has several dimensions on one side of the token's that do not lie evenly
+        in memory is copied first. More than 32 tensors take a launch for each 32.
+    dims : sequence of int, optional
+        The token dimension of each tensor, 1 (behind the batch) by default; from the end if negative.
+
+    Returns
+    -------
+    list of [B, .., K, ..], contiguous
+
+    Raises
+    ------
+    TypeError
+        An index that is not int64, tensors that are none.
+    ValueError
+        Shapes or devices that do not fit, different numbers of tokens; on a CPU, an index out of range.
+    """
+    expect_tensors(index=index)
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(f"tensors is a {type(tensors).__name__}; expected a sequence of tensors")
+    expect_tensors(**{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
+    if isinstance(dims, Tensor) or not (dims is None or isinstance(dims, Sequence)):
+        raise TypeError(f"dims is a {type(dims).__name__}; expected None or a sequence of int, on the host")
+    places = None if dims is None else [expect_int(f"dims[{i}]", dim) for i, dim in enumerate(dims)]
+    return torch.ops.vlprune.compact_tokens(index, list(tensors), places)
+
+
+_library.impl("compact_tokens", _compact_tokens, "CPU")
+_library.impl("compact_tokens", _compact_tokens, "CUDA")
+torch.library.register_fake("vlprune::compact_tokens", _compacted, lib=_library)
+torch.library.register_autograd("vlprune::compact_tokens", _spread, setup_context=_keep_for_backward, lib=_library)
