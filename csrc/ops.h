@@ -120,7 +120,7 @@ struct AttentionImportance {
   const float* head_weight;   // [B or 1, H], `head_weight_stride` between batches (0 for 1); null: all 1
   const float* query_weight;  // [B, Tq]; null: all 1
   const uint8_t* key_mask;    // [B, Tk], 1 for the keys that were attended; null: all
-  float* partial;             // [parts, B, Tk] scratch; may be `out` where parts = 1
+  float* partial;             // [parts, B, Tk] scratch; `out` where parts = 1
   float* out;                 // [B, Tk]
   int64_t b, h, hkv, tq, tk, d, parts;
   int64_t q_strides[3], k_strides[3];

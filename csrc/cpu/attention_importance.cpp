@@ -22,12 +22,13 @@ constexpr int64_t kPanelQueries = 36;  // whole panels of every instruction set'
 constexpr int64_t kChunkQueries = 4 * kPanelQueries;
 constexpr int64_t kBlockKeys = 336;  // whole tiles of every kColumns; kDepth of them fit kRightFloats
 constexpr int64_t kFewKeys = 128;
+constexpr int64_t kWorthThreads = 1 << 16;  // numbers to add up
 static_assert(kPanelQueries % kRows == 0 && kBlockKeys % kColumns == 0 && kBlockKeys * kDepth <= kRightFloats);
 static_assert(kChunkQueries * kBlockKeys <= kKeptFloats && kFewKeys % kLanes == 0);
 
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// What is subtracted from a row's scores: infinity, so that all its p are 0, where no key was visible.
+// What is added to a row's scaled scores: minus infinity, so that all its p are 0, where no key was visible.
 VLPRUNE_INLINE float minus_lse(float lse) { return lse == -__builtin_inff() ? lse : -lse; }
 
 VLPRUNE_INLINE Vec first_lanes_of(Vec v, int64_t count) {
@@ -245,10 +246,12 @@ void run(const AttentionImportance& args, int threads) {
   } else {
     many_queries<T, kMax>(args, threads);
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t index = 0; index < args.b * args.tk; ++index) {
+  if (args.parts == 1 && args.key_mask == nullptr) return;  // partial is out
+  const int64_t keys = args.b * args.tk;
+#pragma omp parallel for num_threads(threads) schedule(static) if (keys * args.parts > kWorthThreads)
+  for (int64_t index = 0; index < keys; ++index) {
     float sum = args.partial[index];
-    for (int64_t part = 1; part < args.parts; ++part) sum += args.partial[part * args.b * args.tk + index];
+    for (int64_t part = 1; part < args.parts; ++part) sum += args.partial[part * keys + index];
     args.out[index] = args.key_mask == nullptr || args.key_mask[index] != 0 ? sum : 0.0f;
   }
 }

@@ -15,7 +15,7 @@
 // Few queries (at most kFewQueries), few_queries_kernel:
 // Grid    B * ceil(Tk/16).
 // Block   256 threads, 16 keys of a sample and all heads.
-// Warp    every eighth key head; the query heads of its group four rows at a time.
+// Warp    every eighth bundle of four rows, queries of heads that share a key head.
 // Thread  every eighth 16 bytes of four keys.
 //
 // Many queries: 2 d flops, an exponential and 4 more instructions for each of B H Tq Tk scores, against 2 (128 + 128) d
@@ -246,59 +246,64 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_queries_kernel(const __gri
   };
 
   float sum[kThreadKeys] = {};
-  const int tq = static_cast<int>(p.tq), rows = p.group * tq;
-  for (int kv = warp; kv < p.hkv; kv += kFewWarps) {
+  const int tq = static_cast<int>(p.tq), rows = p.group * tq, bundles = (rows + kFewRows - 1) / kFewRows;
+  if constexpr (kMax) {
+    for (int i = 0; i < tq && lane % kLanes == 0; ++i) {
+#pragma unroll
+      for (int x = 0; x < kThreadKeys; ++x) totals[warp][i][slot + 4 * x] = -INFINITY;
+    }
+  }
+  for (int bundle = warp; bundle < p.hkv * bundles; bundle += kFewWarps) {
+    const int kv = bundle / bundles, row = bundle % bundles * kFewRows;
     const T* k = p.k + b * p.k_batch + kv * p.k_head;
-    for (int row = 0; row < rows; row += kFewRows) {
-      const T* q[kFewRows];
+    const T* q[kFewRows];
 #pragma unroll
-      for (int r = 0; r < kFewRows; ++r) {
-        const int of_group = min(row + r, rows - 1);
-        q[r] = p.q + b * p.q_batch + (kv * p.group + of_group / tq) * p.q_head + of_group % tq * p.q_token;
-      }
-      float dot[kFewRows][kThreadKeys] = {};
+    for (int r = 0; r < kFewRows; ++r) {
+      const int of_group = min(row + r, rows - 1);
+      q[r] = p.q + b * p.q_batch + (kv * p.group + of_group / tq) * p.q_head + of_group % tq * p.q_token;
+    }
+    float dot[kFewRows][kThreadKeys] = {};
 #pragma unroll 2
-      for (int64_t c = lane % kLanes * kWidth; c < p.d; c += kLanes * kWidth) {
-        uint4 packed[kThreadKeys];
+    for (int64_t c = lane % kLanes * kWidth; c < p.d; c += kLanes * kWidth) {
+      uint4 packed[kThreadKeys];
 #pragma unroll
-        for (int x = 0; x < kThreadKeys; ++x) packed[x] = read(k + at[x], c);
-#pragma unroll
-        for (int r = 0; r < kFewRows; ++r) {
-          if (row + r >= rows) break;  // the same in the whole warp
-          float z[kWidth];
-          unpack<T>(read(q[r], c), z);
-#pragma unroll
-          for (int x = 0; x < kThreadKeys; ++x) {
-            float y[kWidth];
-            unpack<T>(packed[x], y);
-#pragma unroll
-            for (int e = 0; e < kWidth; ++e) dot[r][x] = fmaf(z[e], y[e], dot[r][x]);
-          }
-        }
-      }
-      __syncwarp();
+      for (int x = 0; x < kThreadKeys; ++x) packed[x] = read(k + at[x], c);
 #pragma unroll
       for (int r = 0; r < kFewRows; ++r) {
-        if (row + r >= rows) break;
-        const int h = kv * p.group + (row + r) / tq, i = (row + r) % tq;
-        const float minus = minus_lse(__ldg(p.lse + (b * p.h + h) * p.tq + i));
-        const float head_weight = head_weight_of(p, b, h), query_weight = query_weight_of(p, b, i);
+        if (row + r >= rows) break;  // the same in the whole warp
+        float z[kWidth];
+        unpack<T>(read(q[r], c), z);
 #pragma unroll
         for (int x = 0; x < kThreadKeys; ++x) {
-          float score = dot[r][x];
+          float y[kWidth];
+          unpack<T>(packed[x], y);
 #pragma unroll
-          for (int lane_bit = 1; lane_bit < kLanes; lane_bit *= 2) {
-            score += __shfl_xor_sync(0xffffffffu, score, lane_bit);
-          }
-          float value = exp_of<T>(fmaf(score, p.scale, minus));
-          if (p.causal && key + slot + 4 * x > i + p.tk - p.tq) value = 0.0f;
-          value *= head_weight;
-          if constexpr (kMax) {
-            float& best = totals[warp][i][slot + 4 * x];  // one lane's own
-            if (lane % kLanes == 0) best = kv == warp && row + r < tq ? value : fmaxf(best, value);
-          } else {
-            sum[x] = fmaf(query_weight, value, sum[x]);
-          }
+          for (int e = 0; e < kWidth; ++e) dot[r][x] = fmaf(z[e], y[e], dot[r][x]);
+        }
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < kFewRows; ++r) {
+      if (row + r >= rows) break;
+      const int h = kv * p.group + (row + r) / tq, i = (row + r) % tq;
+      const float minus = minus_lse(__ldg(p.lse + (b * p.h + h) * p.tq + i));
+      const float head_weight = head_weight_of(p, b, h), query_weight = query_weight_of(p, b, i);
+#pragma unroll
+      for (int x = 0; x < kThreadKeys; ++x) {
+        float score = dot[r][x];
+#pragma unroll
+        for (int lane_bit = 1; lane_bit < kLanes; lane_bit *= 2) {
+          score += __shfl_xor_sync(0xffffffffu, score, lane_bit);
+        }
+        float value = exp_of<T>(fmaf(score, p.scale, minus));
+        if (p.causal && key + slot + 4 * x > i + p.tk - p.tq) value = 0.0f;
+        value *= head_weight;
+        if constexpr (kMax) {
+          float& best = totals[warp][i][slot + 4 * x];  // one lane's own
+          if (lane % kLanes == 0) best = fmaxf(best, value);
+        } else {
+          sum[x] = fmaf(query_weight, value, sum[x]);
         }
       }
     }
@@ -317,7 +322,8 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_queries_kernel(const __gri
   if constexpr (kMax) {
     for (int64_t i = 0; i < p.tq; ++i) {
       float best = totals[0][i][own];
-      for (int w = 1; w < min(p.hkv, kFewWarps); ++w) best = fmaxf(best, totals[w][i][own]);
+#pragma unroll
+      for (int w = 1; w < kFewWarps; ++w) best = fmaxf(best, totals[w][i][own]);
       total = fmaf(query_weight_of(p, b, i), best, total);
     }
   } else {
