@@ -62,7 +62,9 @@ def check(q, k, lse, **options):
         q.double(), k.double(), lse.double(), **{name: doubled(value) for name, value in options.items()}
     )
     size = exact.abs().max().item() if exact.numel() else 0
-    assert_as_exact_as(actual, naive, exact, 8 * torch.finfo(torch.float32).eps * size)
+    # Tensor cores cut off what they add up, instead of rounding, and the exponential is the fast one.
+    units = 64 if q.device.type == "cuda" and q.dtype != torch.float32 else 8
+    assert_as_exact_as(actual, naive, exact, units * torch.finfo(torch.float32).eps * size)
     return actual
 
 
