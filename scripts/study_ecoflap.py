@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "RIA, uniform": {"estimator": "uniform", "criterion": "ria"},
     "SparseGPT, uniform": {"estimator": "uniform", "criterion": "sparsegpt"},
     "Wanda, OWL": {"estimator": "outliers"},
+    "Wanda, OWL, by matrix": {"estimator": "outliers", "granularity": "layer"},
     "ECoFLaP, zeroth order": ZEROTH,
     "ECoFLaP, first order": FIRST,
     "the same, zeroth order, by block": {**ZEROTH, "granularity": "block"},

@@ -171,6 +171,16 @@ def test_shares_follow_importance(clip, estimator, importance, aggregate):
     assert mine == pytest.approx(of_matrix, rel=1e-3, abs=1e-6)
 
 
+def test_what_shares_a_sparsity_by_default(clip):
+    """Matrices; for OWL blocks, as published."""
+    model, data = clip
+    for estimator, usual in (("first-order", "layer"), ("outliers", "block")):
+        plans = [vp.ECoFLaP(estimator=estimator, granularity=g, **QUICK).plan(model, data) for g in (None, usual)]
+        assert plans[0].sparsity == plans[1].sparsity
+        found = kept(plans[0], chosen_of(model, data), usual)
+        assert len({share for _, _, share in found.values()}) > 1
+
+
 def test_seeds(clip):
     model, data = clip
     plans = [vp.ECoFLaP(seed=seed, towers=["text"], **QUICK).plan(model, data).sparsity for seed in (0, 0, 1)]
@@ -469,7 +479,7 @@ def test_prune_weights_is_uniform():
             "estimator: 'guess', expected one of zeroth-order, first-order, outliers, magnitude, uniform",
         ),
         ({"importance": "l1"}, "importance: 'l1', expected one of norm, weighted, squared"),
-        ({"granularity": "row"}, "granularity: 'row', expected one of layer, block, model"),
+        ({"granularity": "row"}, "granularity: 'row', expected one of None, layer, block, model"),
         ({"aggregate": "max"}, "aggregate: 'max', expected one of sum, avg"),
         ({"draws": 0}, "draws: 0, expected at least 1"),
         ({"samples_per_loss": 0}, "samples_per_loss: 0"),

@@ -36,7 +36,8 @@ class ECoFLaP:
                       the whole model lie in a matrix), or "uniform": every matrix the same
     importance        of a matrix with slope s: "norm": s; "weighted": sum |W| s, with s of each weight under first
                       order, and there the released choice; "squared": sum W^2 s^2
-    granularity       what shares one sparsity: "layer" (a matrix), "block" (the released choice), "model" (a tower)
+    granularity       what shares one sparsity: "layer" (a matrix), "block" (the released choice), "model" (a tower).
+                      None: "block" for "outliers", "layer" for the others
     aggregate         importance of a group: "sum" of its matrices, or "avg", divided by its weights
     max_sparsity      of any group; None: sparsity + 0.1, the released choice
     per_tower         every tower keeps its own share, instead of one budget over all
@@ -53,7 +54,7 @@ class ECoFLaP:
     sparsity: float = 0.5
     estimator: str = "zeroth-order"
     importance: str = "norm"
-    granularity: str = "layer"
+    granularity: str | None = None
     aggregate: str = "sum"
     max_sparsity: float | None = None
     per_tower: bool = False
@@ -82,7 +83,7 @@ class ECoFLaP:
         for name, value, known in (
             ("estimator", self.estimator, ESTIMATORS),
             ("importance", self.importance, IMPORTANCES),
-            ("granularity", self.granularity, GRANULARITIES),
+            ("granularity", self.granularity, (None, *GRANULARITIES)),
             ("aggregate", self.aggregate, ("sum", "avg")),
         ):
             if value not in known:
@@ -175,10 +176,11 @@ class ECoFLaP:
 
     def _groups(self, chosen: Sequence[Matrix]) -> list[list[int]]:
         """Positions in ``chosen`` that share one sparsity."""
+        granularity = self.granularity or ("block" if self.estimator == "outliers" else "layer")
         groups: dict[tuple, list[int]] = {}
         for i, matrix in enumerate(chosen):
             key = {"layer": (matrix.name,), "block": (matrix.tower, matrix.layer), "model": (matrix.tower,)}
-            groups.setdefault(key[self.granularity], []).append(i)
+            groups.setdefault(key[granularity], []).append(i)
         return list(groups.values())
 
     def _score(
