@@ -37,7 +37,7 @@ env: $(ENV_STAMP)
 
 $(VENV)/.env-stamp: constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -r constraints.txt
+	$(VENV)/bin/python -m pip install -q --no-compile -r constraints.txt  # what is imported gets compiled then
 	touch $@
 
 build: $(BUILD_STAMP)

@@ -267,8 +267,10 @@ def prune(
     test = None if test_data is None else read_data(loaded, test_data, test_split, test_limit, seed)
 
     scores: dict[type, Any] = {}  # of a method: the same for every sparsity
+    before: dict[str, float] | None = None  # the same for all
 
     def pruned(subject: Any, name: str) -> Result:
+        nonlocal before
         way = ways[name]
         with working(f"pruning by {name}") as progress:
             done = vp.prune(
@@ -278,12 +280,14 @@ def prune(
                 evaluation=test,
                 metric=metric,
                 scores=scores.get(type(way)),
+                before=before,
                 mode=mode,
                 round_to=round_to,
                 progress=progress,
             )
         if isinstance(way, vp.ECoFLaP):
             scores[type(way)] = done.scores
+        before = done.before
         return done
 
     first, *others = ways

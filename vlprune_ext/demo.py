@@ -113,13 +113,17 @@ def run_clip(out: Path, report: Path, *, keep: float, working: Working, say: Cal
         f"{cost['naive_block_runs']:,} naively"
     )
     comparisons: dict[str, Any] = {}
+    before = None  # measured once
     for other in (Random(keep_heads=keep, keep_neurons=keep, seed=SEED), Magnitude(keep_heads=keep, keep_neurons=keep)):
         name = type(other).__name__
         with working(f"pruning by {name}") as progress:
-            comparisons[name] = prune(copy.deepcopy(dense), calibration, other, evaluation=test, progress=progress)
+            comparisons[name] = prune(
+                copy.deepcopy(dense), calibration, other, evaluation=test, before=before, progress=progress
+            )
+        before = comparisons[name].before
     began = time.perf_counter()
     with working("pruning by MoPE") as progress:
-        result = prune(copy.deepcopy(dense), calibration, method, evaluation=test, progress=progress)
+        result = prune(copy.deepcopy(dense), calibration, method, evaluation=test, before=before, progress=progress)
     say(f"MoPE removed {cut_summary(result.plan)} in {duration(time.perf_counter() - began)}")
     stage.save(out, result, loaded, test)
 
@@ -150,6 +154,7 @@ def run_llava(out: Path, report: Path, *, working: Working, say: Callable[[str],
         f"replay, in {duration(time.perf_counter() - began)}"
     )
     results: dict[str, Result] = {}
+    before = None
     for method in (ECoFLaP, Wanda, GlobalMagnitude):
         for sparsity in SPARSITIES:
             name = f"{method.__name__} {sparsity:g}"
@@ -161,8 +166,10 @@ def run_llava(out: Path, report: Path, *, working: Working, say: Callable[[str],
                     evaluation=test,
                     metric=stage.metric,
                     scores=scores if method is ECoFLaP else None,
+                    before=before,
                     progress=progress,
                 )
+            before = results[name].before
     first, *others = results
     result, comparisons = results[first], {name: results[name].after for name in others}
     stage.save(out, result, loaded, test)

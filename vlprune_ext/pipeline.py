@@ -139,6 +139,7 @@ def prune(
     evaluation: Data | None = None,
     metric: str | Objective | None = None,
     scores: Scores | None = None,
+    before: dict[str, float] | None = None,
     mode: str = "remove",
     round_to: int = 8,
     progress: Progress | None = None,
@@ -150,12 +151,13 @@ def prune(
     evaluation  data for the numbers before and after; None measures size and speed only
     metric      objective whose numbers those are; None: what suits the model
     scores      of `ECoFLaP.score`, to measure once for several sparsities; only for a method that has it
+    before      the numbers before, where another `Result` of the same model and data has them; None measures
     mode        "remove": heads, neurons and layers are physically gone; "mask": their weights are zeroed
     round_to    MLP widths stay multiples of this
     """
     if scores is not None and not isinstance(method, ECoFLaP):
         raise ValueError(f"scores: given, but {type(method).__name__} measures its own")
-    before = _numbers(model, data, evaluation, metric)
+    before = _numbers(model, data, evaluation, metric) if before is None else before
     if isinstance(method, Plan):
         plan = method
     elif isinstance(method, ECoFLaP):
