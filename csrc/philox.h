@@ -20,11 +20,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define VLPRUNE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define VLPRUNE_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace vlprune {
 

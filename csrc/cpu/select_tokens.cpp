@@ -6,6 +6,7 @@
 // found so far. One more pass writes the positions. Bytes moved: score and protect read once, index written once.
 #include "cpu/isa.h"
 #include "cpu/simd.h"
+#include "score_number.h"
 
 namespace vlprune::cpu::VLPRUNE_ISA {
 namespace {
@@ -13,12 +14,6 @@ namespace {
 constexpr int64_t kPart = kScratchFloats;  // numbers of a row at a time
 constexpr int64_t kBlock = 64;             // scores widened at a time
 constexpr int kBits = 11, kBins = 1 << kBits;
-
-VLPRUNE_INLINE uint32_t number_of(float score) {
-  const uint32_t bits = bits_of(score), magnitude = bits & 0x7fffffffu;
-  const uint32_t number = bits > 0x80000000u ? bits : magnitude ^ 0x7fffffffu;
-  return magnitude > 0x7f800000u ? kNoScore : number;
-}
 
 // A row of scores. One thread's; its numbers lie in that thread's scratch memory.
 template <typename T>
@@ -35,9 +30,9 @@ struct Row {
     for (; j + kBlock <= size; j += kBlock) {
       float x[kBlock];
       for (int64_t e = 0; e < kBlock; e += kLanes) store(x + e, load(score + first + j + e));
-      for (int64_t e = 0; e < kBlock; ++e) numbers[j + e] = number_of(x[e]);
+      for (int64_t e = 0; e < kBlock; ++e) numbers[j + e] = score_number(bits_of(x[e]));
     }
-    for (; j < size; ++j) numbers[j] = number_of(to_float(score[first + j]));
+    for (; j < size; ++j) numbers[j] = score_number(bits_of(to_float(score[first + j])));
     if (protect == nullptr) return;
     const uint32_t other = crowded ? kNever : kAlways;
     for (j = 0; j < size; ++j) numbers[j] = (protect[first + j] != 0) == crowded ? numbers[j] : other;

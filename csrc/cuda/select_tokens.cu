@@ -18,6 +18,7 @@
 #include "dtype.cuh"
 #include "ops.h"
 #include "radix_select.cuh"
+#include "score_number.h"
 
 namespace vlprune::cuda {
 namespace {
@@ -32,12 +33,6 @@ struct Params {
   int64_t score_stride, protect_stride;
   uint32_t tokens, keep;
 };
-
-__device__ __forceinline__ uint32_t number_of(float score) {
-  const uint32_t bits = __float_as_uint(score), magnitude = bits & 0x7fffffffu;
-  const uint32_t number = bits > 0x80000000u ? bits : magnitude ^ 0x7fffffffu;
-  return magnitude > 0x7f800000u ? kNoScore : number;
-}
 
 template <typename T>
 struct Row {
@@ -57,7 +52,7 @@ struct Row {
   __device__ __forceinline__ void load(uint32_t first, uint32_t (&number)[kFour]) const {
 #pragma unroll
     for (int e = 0; e < kFour; ++e) {
-      number[e] = first + e < tokens ? number_of(to_float(score[first + e])) : kNever;
+      number[e] = first + e < tokens ? score_number(__float_as_uint(to_float(score[first + e]))) : kNever;
     }
     if (protect == nullptr) return;
 #pragma unroll

@@ -138,7 +138,7 @@ class ECoFLaP:
         elif self.estimator == "magnitude":
             sparsity = self._of_the_smallest(chosen)
         else:
-            self.scores = scores or self._score(anatomy, objective, chosen, data, progress)
+            self.scores = self._score(anatomy, objective, chosen, data, progress) if scores is None else scores
             if self.scores.parameters != [matrix.name for matrix in chosen]:
                 raise ValueError(
                     f"scores: of {len(self.scores.parameters)} matrices, expected those of the {len(chosen)} that "
