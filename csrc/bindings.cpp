@@ -211,17 +211,71 @@ void select_tokens(std::uintptr_t score, std::uintptr_t protect, std::uintptr_t 
 using TokenTuple =
     std::tuple<std::uintptr_t, std::uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-template <auto Launch, typename Where>
-void compact_tokens(std::uintptr_t index, const std::vector<TokenTuple>& tuples, int64_t batch, int64_t keep,
-                    int64_t tokens, Where where) {
+std::vector<vlprune::TokenTensor> token_tensors(const std::vector<TokenTuple>& tuples) {
   std::vector<vlprune::TokenTensor> tensors;
   tensors.reserve(tuples.size());
   for (const auto& [in, out, outer, inner, run, batch_stride, outer_stride, token_stride, inner_stride] : tuples)
     tensors.push_back({pointer<const void>(in), pointer<void>(out), outer, inner, run, batch_stride, outer_stride,
                        token_stride, inner_stride});
+  return tensors;
+}
+
+template <auto Launch, typename Where>
+void compact_tokens(std::uintptr_t index, const std::vector<TokenTuple>& tuples, int64_t batch, int64_t keep,
+                    int64_t tokens, Where where) {
+  const std::vector<vlprune::TokenTensor> tensors = token_tensors(tuples);
   vlprune::CompactTokens args{};
   args.index = pointer<const int64_t>(index);
   args.tensors = tensors.data();
+  args.count = static_cast<int64_t>(tensors.size());
+  args.batch = batch;
+  args.keep = keep;
+  args.tokens = tokens;
+  launch<Launch>(args, where);
+}
+
+template <auto Launch, typename Where>
+void match_tokens(std::uintptr_t key, std::uintptr_t target, std::uintptr_t source, std::uintptr_t similarity,
+                  std::uintptr_t match, std::uintptr_t lists, std::uintptr_t counts, std::uintptr_t inverse,
+                  std::uintptr_t gathered, int64_t b, int64_t t, int64_t d, int64_t slots, int64_t depth,
+                  int64_t batch_stride, int64_t token_stride, int dtype, Where where) {
+  vlprune::MatchTokens args{};
+  args.key = pointer<const void>(key);
+  args.target = pointer<const uint8_t>(target);
+  args.source = pointer<const uint8_t>(source);
+  args.similarity = pointer<float>(similarity);
+  args.match = pointer<int64_t>(match);
+  args.lists = pointer<int32_t>(lists);
+  args.counts = pointer<int32_t>(counts);
+  args.inverse = pointer<float>(inverse);
+  args.gathered = pointer<void>(gathered);
+  args.b = b;
+  args.t = t;
+  args.d = d;
+  args.slots = slots;
+  args.depth = depth;
+  args.key_strides[0] = batch_stride;
+  args.key_strides[1] = token_stride;
+  args.dtype = static_cast<DType>(dtype);
+  launch<Launch>(args, where);
+}
+
+template <auto Launch, typename Where>
+void merge_tokens(std::uintptr_t index, std::uintptr_t match, std::uintptr_t size, std::uintptr_t total,
+                  std::uintptr_t lists, std::uintptr_t ends, const std::vector<TokenTuple>& tuples,
+                  const std::vector<int>& codes, int64_t batch, int64_t keep, int64_t tokens, Where where) {
+  const std::vector<vlprune::TokenTensor> tensors = token_tensors(tuples);
+  std::vector<DType> dtypes;
+  for (const int code : codes) dtypes.push_back(static_cast<DType>(code));
+  vlprune::MergeTokens args{};
+  args.index = pointer<const int64_t>(index);
+  args.match = pointer<const int64_t>(match);
+  args.size = pointer<const float>(size);
+  args.total = pointer<float>(total);
+  args.lists = pointer<int32_t>(lists);
+  args.ends = pointer<int32_t>(ends);
+  args.tensors = tensors.data();
+  args.dtypes = dtypes.data();
   args.count = static_cast<int64_t>(tensors.size());
   args.batch = batch;
   args.keep = keep;
@@ -243,7 +297,9 @@ void compact_tokens(std::uintptr_t index, const std::vector<TokenTuple>& tuples,
   module.def("perturb", &perturb<&vlprune::where::perturb, Where>);                                        \
   module.def("attention_importance", &attention_importance<&vlprune::where::attention_importance, Where>); \
   module.def("select_tokens", &select_tokens<&vlprune::where::select_tokens, Where>);                      \
-  module.def("compact_tokens", &compact_tokens<&vlprune::where::compact_tokens, Where>)
+  module.def("compact_tokens", &compact_tokens<&vlprune::where::compact_tokens, Where>);                   \
+  module.def("match_tokens", &match_tokens<&vlprune::where::match_tokens, Where>);                         \
+  module.def("merge_tokens", &merge_tokens<&vlprune::where::merge_tokens, Where>)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of vlprune_ext; called through vlprune_ext.ops.";
@@ -263,6 +319,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("norm_chunk") = vlprune::kNormChunk;
   m.attr("histogram_bins") = vlprune::kHistogramBins;
   m.attr("few_queries") = vlprune::kFewQueries;
+  m.attr("merge_parts") = vlprune::kMergeParts;
   m.attr("compiler") = __VERSION__;
 #if VLPRUNE_CUDA_BUILT
   py::module_ cuda = m.def_submodule("cuda", "Launchers for CUDA tensors; the last argument is the stream's address.");

@@ -164,6 +164,45 @@ struct CompactTokens {
   int64_t batch, keep, tokens;  // B, K, T
 };
 
+// similarity[b, i] = max over targets j != i of cos_ij, match[b, i] = that j, ties to the lower; for a source i,
+// cos_ij = <key[b, i], key[b, j]> / (|key[b, i]| |key[b, j]|), 0 where a length is 0. A NaN is no similarity. -inf and
+// -1 where there is none, and for a token that is no source. Products and squared lengths are fp32, each summed in an
+// order that only d decides.
+struct MatchTokens {
+  const void* key;        // [B, T, d], `key_strides` between batches and tokens, last dimension contiguous
+  const uint8_t* target;  // [B, T] of 0 or 1, contiguous
+  const uint8_t* source;  // likewise; null: every token that is no target
+  float* similarity;      // [B, T]
+  int64_t* match;         // [B, T]
+  int32_t* lists;         // [B, 3, T] scratch: targets, sources, each source's place among the targets or -1
+  int32_t* counts;        // [B, 2] scratch: targets, sources
+  float* inverse;         // [B, T] scratch: 1 / length of each target
+  void* gathered;         // [B, slots, depth] scratch of cuda::, on a multiple of 16 bytes; not touched by cpu::
+  int64_t b, t, d;        // t < 2^31
+  int64_t slots, depth;   // T, or 2 T where there is a source; d rounded up to a multiple of 8
+  int64_t key_strides[2];
+  DType dtype;  // of key
+};
+
+// Each token of index keeps the mean of itself and of what merges into it, weighted by size: of the tokens t that are
+// not in index, those of which match[b, t] is its position. Of the other tokens nothing remains, whatever their match.
+//   total[b, k] = sum of size,  out[b, :, k, :] = (sum of size * in) / total[b, k],
+// in fp32, itself first, then by ascending t, each product, sum and quotient rounded by itself, then to the dtype. A
+// token of size 0 gives nothing, and a kept token that is given nothing stays as it is, bit for bit.
+constexpr int64_t kMergeParts = 16;  // of a sample's tokens, which cuda:: lists at the same time
+struct MergeTokens {
+  const int64_t* index;        // [B, K], contiguous, ascending, 0 <= index < T
+  const int64_t* match;        // [B, T], contiguous, any numbers
+  const float* size;           // [B, T], contiguous; null: all 1
+  float* total;                // [B, K]
+  int32_t* lists;              // [B, 3, T] scratch: place in index or -1; what merges, by k and t; its sizes (fp32)
+  int32_t* ends;               // [B, kMergeParts, K] scratch; the last part: where in the list that of each k ends
+  const TokenTensor* tensors;  // [count] on the host, also for cuda::
+  const DType* dtypes;         // [count] on the host, likewise
+  int64_t count;
+  int64_t batch, keep, tokens;  // B, K, T; T < 2^31
+};
+
 // Declares every launcher; `where` is its last parameter.
 #define VLPRUNE_DECLARE_OPS(where)                                   \
   void leave_one_out(const LeaveOneOut& args, where);                \
@@ -176,7 +215,9 @@ struct CompactTokens {
   void perturb(const Perturb& args, where);                          \
   void attention_importance(const AttentionImportance& args, where); \
   void select_tokens(const SelectTokens& args, where);               \
-  void compact_tokens(const CompactTokens& args, where);
+  void compact_tokens(const CompactTokens& args, where);             \
+  void match_tokens(const MatchTokens& args, where);                 \
+  void merge_tokens(const MergeTokens& args, where);
 
 namespace cpu {
 VLPRUNE_DECLARE_OPS(int threads)

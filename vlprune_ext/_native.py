@@ -24,6 +24,7 @@ except ImportError as error:
 NORM_CHUNK: int = _C.norm_chunk
 HISTOGRAM_BINS: int = _C.histogram_bins
 FEW_QUERIES: int = _C.few_queries
+MERGE_PARTS: int = _C.merge_parts
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType in csrc/dtype.h
 
 
@@ -253,6 +254,74 @@ def compact_tokens(
         index.shape[0],
         index.shape[1],
         tokens,
+    )
+
+
+def match_tokens(
+    key: Tensor,
+    target: Tensor,
+    source: Tensor | None,
+    similarity: Tensor,
+    match: Tensor,
+    lists: Tensor,
+    counts: Tensor,
+    inverse: Tensor,
+    gathered: Tensor,
+) -> None:
+    if match.numel() == 0:
+        return
+    b, t, d = key.shape
+    _launch(
+        "match_tokens",
+        key.device,
+        key.data_ptr(),
+        target.data_ptr(),
+        _address(source),
+        similarity.data_ptr(),
+        match.data_ptr(),
+        lists.data_ptr(),
+        counts.data_ptr(),
+        inverse.data_ptr(),
+        gathered.data_ptr(),
+        b,
+        t,
+        d,
+        gathered.shape[1],
+        gathered.shape[2],
+        key.stride(0),
+        key.stride(1),
+        DTYPES[key.dtype],
+    )
+
+
+def merge_tokens(
+    index: Tensor,
+    match: Tensor,
+    size: Tensor | None,
+    total: Tensor,
+    lists: Tensor,
+    ends: Tensor,
+    tensors: Sequence[Tensor],
+    out: Sequence[Tensor],
+    dims: Sequence[int],
+) -> None:
+    if index.numel() == 0:
+        return
+    kept = [_token_tensor(*each) for each in zip(tensors, out, dims, strict=True) if each[1].numel()]
+    _launch(
+        "merge_tokens",
+        index.device,
+        index.data_ptr(),
+        match.data_ptr(),
+        _address(size),
+        total.data_ptr(),
+        lists.data_ptr(),
+        ends.data_ptr(),
+        [each[0] for each in kept],
+        [DTYPES[each[1].dtype] for each in kept],
+        index.shape[0],
+        index.shape[1],
+        match.shape[1],
     )
 
 

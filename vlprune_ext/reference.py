@@ -17,6 +17,8 @@ __all__ = [
     "column_norm_sq_",
     "compact_tokens",
     "leave_one_out",
+    "match_tokens",
+    "merge_tokens",
     "nm_mask",
     "normals",
     "perturb",
@@ -216,3 +218,49 @@ def compact_tokens(
         where = index.reshape(batch, *[1] * (place - 1), keep, *[1] * (tensor.dim() - place - 1)).expand(shape)
         out.append(tensor.expand(batch, *tensor.shape[1:]).gather(place, where))
     return out
+
+
+def match_tokens(
+    key: Tensor,  # [B, T, d]
+    target: Tensor,  # [B, T] bool
+    *,
+    source: Tensor | None = None,  # [B, T] bool
+) -> tuple[Tensor, Tensor]:  # [B, T], [B, T] int64
+    """The maximum over the matrix of all pairs; see :func:`vlprune_ext.ops.match_tokens`."""
+    source = ~target if source is None else source
+    length = key.norm(dim=-1, keepdim=True)
+    direction = key / length.where(length != 0, 1)
+    cosine = direction @ direction.transpose(1, 2)  # [B, T, T]
+    itself = torch.eye(key.shape[1], dtype=torch.bool, device=key.device)
+    possible = source[:, :, None] & target[:, None, :] & ~itself & ~cosine.isnan()
+    if key.shape[1] == 0:
+        return cosine.sum(2), target.long()
+    similarity, match = cosine.masked_fill(~possible, -torch.inf).max(dim=2)
+    return similarity, match.masked_fill(similarity == -torch.inf, -1)
+
+
+def merge_tokens(
+    index: Tensor,  # [B, K]
+    match: Tensor,  # [B, T]
+    tensors: Sequence[Tensor],  # [B or 1, .., T, ..]
+    *,
+    size: Tensor | None = None,  # [B, T]
+    dims: Sequence[int] | None = None,
+) -> tuple[list[Tensor], Tensor]:  # [B, .., K, ..], [B, K]
+    """Token after token, in fp32 at least; see :func:`vlprune_ext.ops.merge_tokens`."""
+    size = torch.ones(match.shape, device=match.device) if size is None else size
+    out, total = compact_tokens(index, tensors, dims), size.gather(1, index)
+    dropped = torch.ones_like(match, dtype=torch.bool).scatter_(1, index, False)
+    for (b, k), kept in zip(itertools.product(*map(range, index.shape)), index.flatten().tolist(), strict=True):
+        merging = (dropped[b] & (match[b] == kept) & (size[b] != 0)).nonzero().flatten().tolist()
+        for t in merging:
+            total[b, k] += size[b, t]
+        for i, tensor in enumerate(tensors if merging else ()):
+            place = 1 if dims is None else dims[i] % tensor.dim()
+            x = tensor[b if tensor.shape[0] > 1 else 0].movedim(place - 1, 0)  # [T, ..]
+            x = x if x.dtype == torch.float64 else x.float()
+            mean = size[b, kept] * x[kept] if size[b, kept] != 0 else torch.zeros_like(x[kept])
+            for t in merging:
+                mean = mean + size[b, t] * x[t]
+            out[i].movedim(place, 1)[b, k] = (mean / total[b, k]).to(tensor.dtype)
+    return out, total

@@ -1,16 +1,14 @@
 // out[b, :, k, :] = in[b, :, index[b, k], :] for each of some tensors
 //
-// Work is, tensor after tensor, the sequence of pieces of about kPiece bytes of the result: some of the kept tokens of
-// one batch row and one outer place, dealt out to the threads, which do not wait for each other between tensors. Runs
-// of up to 16 bytes are copied by a move or two, longer ones by memcpy. Bytes moved: what is kept read and written
-// once.
+// Work is, tensor after tensor, the sequence of pieces of token_pieces.h, dealt out to the threads. Runs of up to 16
+// bytes are copied by a move or two, longer ones by memcpy. Bytes moved: what is kept read and written once.
 #include "cpu/isa.h"
 #include "cpu/simd.h"
+#include "cpu/token_pieces.h"
 
 namespace vlprune::cpu::VLPRUNE_ISA {
 namespace {
 
-constexpr int64_t kPiece = 64 * 1024;
 constexpr int64_t kAhead = 4, kPrefetched = 512;  // tokens, bytes of each
 
 // kRun: the bytes of a run; 0 for any number.
@@ -48,22 +46,10 @@ void copy_tokens(const TokenTensor& tensor, const char* in, const int64_t* index
 }  // namespace
 
 void compact_tokens(const CompactTokens& args, int threads) {
-#pragma omp parallel num_threads(threads)
-  for (int64_t t = 0; t < args.count; ++t) {
-    const TokenTensor& tensor = args.tensors[t];
-    const int64_t token = tensor.inner * tensor.run;  // bytes
-    const int64_t together = 1 + kPiece / token, pieces = (args.keep + together - 1) / together;
-#pragma omp for schedule(static) nowait
-    for (int64_t piece = 0; piece < args.batch * tensor.outer * pieces; ++piece) {
-      const int64_t row = piece / pieces, b = row / tensor.outer;  // of [B, outer]
-      const int64_t k = piece % pieces * together;
-      const int64_t count = args.keep - k < together ? args.keep - k : together;
-      const char* const in =
-          static_cast<const char*>(tensor.in) + b * tensor.batch_stride + row % tensor.outer * tensor.outer_stride;
-      char* const out = static_cast<char*>(tensor.out) + (row * args.keep + k) * token;
-      copy_tokens(tensor, in, args.index + b * args.keep + k, count, out);
-    }
-  }
+  for_each_piece(args.tensors, args.count, args.batch, args.keep, threads,
+                 [&](int64_t t, int64_t b, int64_t k, int64_t count, const char* in, char* out) {
+                   copy_tokens(args.tensors[t], in, args.index + b * args.keep + k, count, out);
+                 });
 }
 
 }  // namespace vlprune::cpu::VLPRUNE_ISA

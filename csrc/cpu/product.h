@@ -1,5 +1,5 @@
-// The product of rows and columns that both ops are made of: scores[n, m] = sum_k left[n, k] * right[m, k], handed tile
-// by tile to a visitor and never stored as a whole.
+// The product of rows and columns that several ops are made of: scores[n, m] = sum_k left[n, k] * right[m, k], handed
+// tile by tile to a visitor and never stored as a whole.
 //
 // Blocking follows Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008). A block of `right`
 // is packed into panels of kColumns columns and stays in the L2 cache; one panel of kRows rows of `left` is packed into
@@ -32,18 +32,33 @@ template <typename T>
 struct Rows {
   const T* data;
   int64_t stride;
+
+  VLPRUNE_INLINE const T* row(int64_t r) const { return data + r * stride; }
+  // Without the rows before `first` and the columns before k.
+  VLPRUNE_INLINE Rows from(int64_t first, int64_t k) const { return {row(first) + k, stride}; }
+};
+
+// Some rows of such a matrix.
+template <typename T>
+struct GatheredRows {
+  const T* data;
+  int64_t stride;
+  const int32_t* which;
+
+  VLPRUNE_INLINE const T* row(int64_t r) const { return data + which[r] * stride; }
+  VLPRUNE_INLINE GatheredRows from(int64_t first, int64_t k) const { return {data + k, stride, which + first}; }
 };
 
 // dst[k * ld + r] = src[r, k] for r < kLanes and k < depth, with zeros for r >= rows. Writes whole vectors in ascending
 // order of k: with ld < kLanes each overwrites the zeros of the one before, and the last overruns by kLanes - ld.
-template <int R, typename T>  // R: rows, where that is known, else 0
-void pack(float* dst, int64_t ld, Rows<T> src, int64_t rows, int64_t depth) {
+template <int R, typename Source>  // R: rows, where that is known, else 0
+void pack(float* dst, int64_t ld, Source src, int64_t rows, int64_t depth) {
   int64_t k = 0;
   if constexpr (R > 0) {
     for (; k + kLanes <= depth; k += kLanes) {
       Vec m[kLanes];
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) m[r] = r < R ? load(src.data + r * src.stride + k) : zero();
+      for (int r = 0; r < kLanes; ++r) m[r] = r < R ? load(src.row(r) + k) : zero();
       transpose(m);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(dst + (k + i) * ld, m[i]);
@@ -52,19 +67,19 @@ void pack(float* dst, int64_t ld, Rows<T> src, int64_t rows, int64_t depth) {
   for (; k < depth; k += kLanes) {
     const int64_t count = smaller(kLanes, depth - k);
     Vec m[kLanes];
-    for (int r = 0; r < kLanes; ++r) m[r] = r < rows ? load(src.data + r * src.stride + k, count) : zero();
+    for (int r = 0; r < kLanes; ++r) m[r] = r < rows ? load(src.row(r) + k, count) : zero();
     transpose(m);
     for (int64_t i = 0; i < count; ++i) store(dst + (k + i) * ld, m[i]);
   }
 }
 
 // Packs columns [0, count) of the block into panels of kColumns, each [depth][kColumns].
-template <typename T>
-void pack_right(float* dst, Rows<T> src, int64_t count, int64_t depth) {
+template <typename Source>
+void pack_right(float* dst, Source src, int64_t count, int64_t depth) {
   for (int64_t m = 0; m < count; m += kLanes) {
     const int64_t lanes = smaller(kLanes, count - m);
     float* panel = dst + (m / kColumns) * kColumns * depth + m % kColumns;
-    const Rows<T> from{src.data + m * src.stride, src.stride};
+    const Source from = src.from(m, 0);
     if (lanes == kLanes) {
       pack<kLanes>(panel, kColumns, from, lanes, depth);
     } else {
@@ -147,8 +162,8 @@ inline int64_t block_columns(int64_t depth) { return kRightFloats / depth_of_chu
 
 // scores[n, m] for n in [row, row_end), row a multiple of kRows, and m in [column, column + columns), columns at most
 // block_columns(depth).
-template <typename T, typename Visitor>
-void multiply(Rows<T> left, int64_t row, int64_t row_end, Rows<T> right, int64_t column, int64_t columns, int64_t depth,
+template <typename Left, typename Right, typename Visitor>
+void multiply(Left left, int64_t row, int64_t row_end, Right right, int64_t column, int64_t columns, int64_t depth,
               Visitor& visit) {
   float* const left_panel = scratch();
   float* const right_block = left_panel + kLeftFloats;
@@ -163,10 +178,10 @@ void multiply(Rows<T> left, int64_t row, int64_t row_end, Rows<T> right, int64_t
     for (int64_t k = 0; k < depth; k += chunk) {
       const int64_t size = smaller(chunk, depth - k);
       const bool first = k == 0, last = k + size == depth;
-      pack_right(right_block, Rows<T>{right.data + column * right.stride + k, right.stride}, columns, size);
+      pack_right(right_block, right.from(column, k), columns, size);
       for (int64_t n = n0; n < n1; n += kRows) {
         const int64_t rows = smaller(kRows, n1 - n);
-        const Rows<T> from{left.data + n * left.stride + k, left.stride};
+        const Left from = left.from(n, k);
         if (rows == kRows) {
           pack<kRows>(left_panel, kRows, from, rows, size);
         } else {

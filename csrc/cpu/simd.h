@@ -35,6 +35,7 @@ VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c);
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+VLPRUNE_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 VLPRUNE_INLINE Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }  // b where either is NaN
 VLPRUNE_INLINE Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // likewise
 VLPRUNE_INLINE Vec times_power(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
@@ -126,6 +127,7 @@ VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c);
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+VLPRUNE_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 VLPRUNE_INLINE Vec minimum(Vec a, Vec b) { return _mm256_min_ps(a, b); }  // b where either is NaN
 VLPRUNE_INLINE Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // likewise
 VLPRUNE_INLINE Vec times_power(Vec v, Vec n) {  // v * 2^n for a whole n in -252 .. 254, in two steps
@@ -199,6 +201,7 @@ VLPRUNE_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
 VLPRUNE_INLINE Vec add(Vec a, Vec b) { return a + b; }
 VLPRUNE_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 VLPRUNE_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+VLPRUNE_INLINE Vec div(Vec a, Vec b) { return a / b; }
 VLPRUNE_INLINE Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 VLPRUNE_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 VLPRUNE_INLINE Vec times_power(Vec v, Vec n) {

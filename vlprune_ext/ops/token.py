@@ -1,4 +1,5 @@
-"""Ops for token pruning: which tokens the others attend to, which to keep, and a layer's state without the others.
+"""Ops for token pruning: which tokens the others attend to, which to keep, where the others may merge into, and a
+layer's state without them.
 
 For each op: the schema, one function that checks the arguments and allocates the output (it is the fake, too), the
 implementation, and the public function.
@@ -16,7 +17,7 @@ from torch import Tensor
 from .. import _native
 from .checks import check_tensors, expect_int, expect_tensors, rows, shape
 
-__all__ = ["attention_importance", "compact_tokens", "select_tokens"]
+__all__ = ["attention_importance", "compact_tokens", "match_tokens", "merge_tokens", "select_tokens"]
 
 _library = torch.library.Library("vlprune", "FRAGMENT")
 _library.define(
@@ -25,27 +26,34 @@ _library.define(
 )
 _library.define("select_tokens(Tensor score, SymInt keep, Tensor? protected=None) -> Tensor")
 _library.define("compact_tokens(Tensor index, Tensor[] tensors, int[]? dims) -> Tensor[]")
+_library.define("match_tokens(Tensor key, Tensor target, Tensor? source=None) -> (Tensor, Tensor)")
+_library.define(
+    "merge_tokens(Tensor index, Tensor match, Tensor[] tensors, Tensor? size, int[]? dims) -> (Tensor[], Tensor)"
+)
 
 REDUCTIONS = ("sum", "max")
 _CPU_QUERIES = 144  # of a part: a packed block of keys pays for itself
 _CUDA_KEYS, _CUDA_QUERIES = 128, {"sum": 128, "max": 64}  # of a tile
 _CUDA_BLOCKS = 1024  # of a sample: about four for every place on a large GPU
 _CUDA_STEPS = {"sum": 2, "max": 1}  # of a block at least, so that loads and sums overlap
+_CUDA_DEPTH = 8  # gathered keys are padded to a multiple of it
 _INT32_MAX = 2**31 - 1
 
 
-# ---- attention_importance -------------------------------------------------------------------------------------------
-
-
-def _check_beside(name: str, tensor: Tensor, dtype: torch.dtype, shapes: list[list[int]], what: str, q: Tensor) -> None:
+def _check_beside(
+    name: str, tensor: Tensor, dtype: torch.dtype, shapes: list[list[int]], what: str, of: str, other: Tensor
+) -> None:
     expect_tensors(**{name: tensor})
     if tensor.dtype != dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected {str(dtype).removeprefix('torch.')}")
     if list(tensor.shape) not in shapes:
         expected = " or ".join(str(sizes) for sizes in shapes)
         raise ValueError(f"{name} has shape {shape(tensor)}; expected {expected}, {what}")
-    if tensor.device != q.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {q.device} as q")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {other.device} as {of}")
+
+
+# ---- attention_importance -------------------------------------------------------------------------------------------
 
 
 def _attention_importance_out(
@@ -71,13 +79,13 @@ def _attention_importance_out(
         raise ValueError(f"k has shape {shape(k)}; expected [{b}, Hkv, Tk, {d}], the batch and head size of q")
     if hkv < 1 or h % hkv != 0:
         raise ValueError(f"k has shape {shape(k)}; expected a number of heads that divides q's {h}")
-    _check_beside("lse", lse, torch.float32, [[b, h, tq]], "one for each row of q", q)
+    _check_beside("lse", lse, torch.float32, [[b, h, tq]], "one for each row of q", "q", q)
     if head_weight is not None:
-        _check_beside("head_weight", head_weight, torch.float32, [[b, h], [1, h]], "the heads of q", q)
+        _check_beside("head_weight", head_weight, torch.float32, [[b, h], [1, h]], "the heads of q", "q", q)
     if query_weight is not None:
-        _check_beside("query_weight", query_weight, torch.float32, [[b, tq]], "the queries", q)
+        _check_beside("query_weight", query_weight, torch.float32, [[b, tq]], "the queries", "q", q)
     if key_mask is not None:
-        _check_beside("key_mask", key_mask, torch.bool, [[b, tk]], "the keys", q)
+        _check_beside("key_mask", key_mask, torch.bool, [[b, tk]], "the keys", "q", q)
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce is {reduce!r}; expected 'sum' or 'max'")
     if not math.isfinite(scale):
@@ -288,6 +296,16 @@ torch.library.register_fake("vlprune::select_tokens", _selected, lib=_library)
 # ---- compact_tokens -------------------------------------------------------------------------------------------------
 
 
+def _expect_tokens(tensors: object, dims: object) -> list[int] | None:
+    """What the dispatcher would refuse in words of its own."""
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(f"tensors is a {type(tensors).__name__}; expected a sequence of tensors")
+    expect_tensors(**{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
+    if isinstance(dims, Tensor) or not (dims is None or isinstance(dims, Sequence)):
+        raise TypeError(f"dims is a {type(dims).__name__}; expected None or a sequence of int, on the host")
+    return None if dims is None else [expect_int(f"dims[{i}]", dim) for i, dim in enumerate(dims)]
+
+
 def _token_dims(tensors: Sequence[Tensor], dims: Sequence[int] | None) -> Sequence[int]:
     """Of each tensor, counted from the front."""
     if dims is None:
@@ -422,12 +440,7 @@ def compact_tokens(index: Tensor, tensors: Sequence[Tensor], dims: Sequence[int]
         Shapes or devices that do not fit, different numbers of tokens; on a CPU, an index out of range.
     """
     expect_tensors(index=index)
-    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-        raise TypeError(f"tensors is a {type(tensors).__name__}; expected a sequence of tensors")
-    expect_tensors(**{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
-    if isinstance(dims, Tensor) or not (dims is None or isinstance(dims, Sequence)):
-        raise TypeError(f"dims is a {type(dims).__name__}; expected None or a sequence of int, on the host")
-    places = None if dims is None else [expect_int(f"dims[{i}]", dim) for i, dim in enumerate(dims)]
+    places = _expect_tokens(tensors, dims)
     return torch.ops.vlprune.compact_tokens(index, list(tensors), places)
 
 
@@ -435,3 +448,258 @@ _library.impl("compact_tokens", _compact_tokens, "CPU")
 _library.impl("compact_tokens", _compact_tokens, "CUDA")
 torch.library.register_fake("vlprune::compact_tokens", _compacted, lib=_library)
 torch.library.register_autograd("vlprune::compact_tokens", _spread, setup_context=_keep_for_backward, lib=_library)
+
+
+# ---- match_tokens ---------------------------------------------------------------------------------------------------
+
+
+def _matched(
+    key: Tensor,  # [B, T, d]
+    target: Tensor,  # [B, T] bool
+    source: Tensor | None = None,  # [B, T] bool
+) -> tuple[Tensor, Tensor]:  # [B, T] fp32, [B, T] int64, not filled
+    check_tensors(key=key)
+    if key.dim() != 3:
+        raise ValueError(f"key has shape {shape(key)}; expected three dimensions [B, T, d]")
+    b, t, d = key.shape
+    if d < 1:
+        raise ValueError(f"key has shape {shape(key)}; expected vectors of at least one number")
+    if b > _INT32_MAX or t > _INT32_MAX:
+        raise ValueError(f"key has shape {shape(key)}; expected fewer than 2**31 rows and 2**31 tokens")
+    _check_beside("target", target, torch.bool, [[b, t]], "the tokens of key", "key", key)
+    if source is not None:
+        _check_beside("source", source, torch.bool, [[b, t]], "the tokens of key", "key", key)
+    return key.new_empty((b, t), dtype=torch.float32), key.new_empty((b, t), dtype=torch.int64)
+
+
+def _match_tokens(key: Tensor, target: Tensor, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    similarity, match = _matched(key, target, source)
+    b, t, d = key.shape
+    gathered = (t if source is None else 2 * t, -(-d // _CUDA_DEPTH) * _CUDA_DEPTH)
+    _native.match_tokens(
+        rows(key),
+        target.contiguous(),
+        None if source is None else source.contiguous(),
+        similarity,
+        match,
+        key.new_empty((b, 3, t), dtype=torch.int32),
+        key.new_empty((b, 2), dtype=torch.int32),
+        torch.empty_like(similarity),
+        key.new_empty((b if key.device.type == "cuda" else 0, *gathered)),
+    )
+    return similarity, match
+
+
+def match_tokens(key: Tensor, target: Tensor, *, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For each source token the target of highest cosine similarity: ``max_j <key_i, key_j> / (|key_i| |key_j|)``.
+
+    The bipartite matching of ToMe (arXiv 2210.09461, section 3), the contextual tokens of VisionZip (arXiv 2412.04467),
+    the nearest kept entry of LOOK-M (arXiv 2406.18139). For :func:`merge_tokens`. No matrix of all pairs is stored; a
+    GPU holds a copy of the keys of targets and sources. Neither the host nor another stream is waited for, and a CUDA
+    graph may capture it. No gradient.
+
+    Parameters
+    ----------
+    key : [B, T, d], fp32/fp16/bf16
+        What is compared: keys, or their mean over heads, or hidden states. Any strides; a last dimension that is not
+        contiguous is copied.
+    target : [B, T], bool
+        Tokens that may be matched.
+    source : [B, T], bool, optional
+        Tokens that look for a target; by default all that are none. A token may be both: it does not match itself.
+
+    Returns
+    -------
+    similarity : [B, T], fp32
+        Of the match; -inf where there is none. Products and squared lengths are fp32: a vector of length 0, or of one
+        whose square is 0 in fp32, has a similarity of 0 with every other. It may exceed 1 by its rounding.
+    match : [B, T], int64
+        The target's position; ties go to the lower. -1 for a token that is no source, or that has no target but itself.
+        A NaN similarity is none, so a key with a NaN or an infinity in it, or whose squared length is infinite in fp32,
+        neither matches nor is matched.
+
+    A sample's results are the same bits on every run and thread count, whatever else is in the batch and however many
+    other tokens there are beside its sources and targets.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is not supported.
+    ValueError
+        Shapes or devices that do not fit.
+    """
+    expect_tensors(key=key, target=target)
+    if source is not None:
+        expect_tensors(source=source)
+    return torch.ops.vlprune.match_tokens(key.detach(), target, source)
+
+
+_library.impl("match_tokens", _match_tokens, "CPU")
+_library.impl("match_tokens", _match_tokens, "CUDA")
+torch.library.register_fake("vlprune::match_tokens", _matched, lib=_library)
+
+
+# ---- merge_tokens ---------------------------------------------------------------------------------------------------
+
+
+def _merged(
+    index: Tensor,  # [B, K] int64
+    match: Tensor,  # [B, T] int64
+    tensors: Sequence[Tensor],  # [B or 1, .., T, ..]
+    size: Tensor | None,  # [B, T] fp32
+    dims: Sequence[int] | None,
+) -> tuple[list[Tensor], Tensor]:  # [B, .., K, ..], [B, K] fp32, not filled
+    for i, tensor in enumerate(tensors):
+        check_tensors(**{f"tensors[{i}]": tensor})
+    out = _compacted(index, tensors, dims)
+    if match.dim() != 2:
+        raise ValueError(f"match has shape {shape(match)}; expected two dimensions [B, T]")
+    batch, keep = index.shape
+    tokens = tensors[0].shape[_token_dims(tensors, dims)[0]] if tensors else match.shape[1]
+    _check_beside("match", match, torch.int64, [[batch, tokens]], "the tokens of tensors", "index", index)
+    if tokens > _INT32_MAX or batch > _INT32_MAX:
+        raise ValueError(f"match has shape {shape(match)}; expected fewer than 2**31 rows and 2**31 tokens")
+    if size is not None:
+        _check_beside("size", size, torch.float32, [[batch, tokens]], "the tokens of match", "index", index)
+    if keep > tokens:
+        raise ValueError(f"index has shape {shape(index)}; expected at most {tokens} tokens, those of match")
+    return out, index.new_empty((batch, keep), dtype=torch.float32)
+
+
+def _check_merge(index: Tensor, size: Tensor | None, tokens: int) -> None:
+    """On the host, as :func:`_check_index`."""
+    _check_index(index, tokens)
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    falls = index[:, 1:] <= index[:, :-1]
+    if falls.any():
+        row, column = falls.nonzero()[0].tolist()
+        raise ValueError(
+            f"index[{row}, {column + 1}] is {index[row, column + 1].item()} behind {index[row, column].item()};"
+            " expected ascending positions"
+        )
+    if size is None:
+        return
+    least, most = size.aminmax()
+    if not (least >= 0 and most < math.inf):
+        row, column = (~((size >= 0) & size.isfinite())).nonzero()[0].tolist()
+        raise ValueError(f"size[{row}, {column}] is {size[row, column].item()}; expected a finite number >= 0")
+
+
+def _merge_tokens(
+    index: Tensor, match: Tensor, tensors: Sequence[Tensor], size: Tensor | None, dims: Sequence[int] | None
+) -> tuple[list[Tensor], Tensor]:
+    places = _token_dims(tensors, dims)
+    out, total = _merged(index, match, tensors, size, places)
+    (batch, keep), tokens = index.shape, match.shape[1]
+    _check_merge(index, size, tokens)
+    _native.merge_tokens(
+        index.contiguous(),
+        match.contiguous(),
+        None if size is None else size.contiguous(),
+        total,
+        index.new_empty((batch, 3, tokens), dtype=torch.int32),
+        index.new_empty((batch, _native.MERGE_PARTS, keep), dtype=torch.int32),
+        tensors,
+        out,
+        places,
+    )
+    return out, total
+
+
+def _keep_for_shares(ctx: Any, inputs: Any, output: tuple[list[Tensor], Tensor]) -> None:
+    index, match, tensors, size, dims = inputs
+    out, total = output
+    ctx.save_for_backward(index, match, total, *(() if size is None else (size,)))
+    ctx.dims = _token_dims(tensors, dims)
+    ctx.shapes = [tensor.shape if tensor.requires_grad else None for tensor in tensors]
+    ctx.mark_non_differentiable(total, *(mean for mean, full in zip(out, ctx.shapes, strict=True) if full is None))
+    ctx.set_materialize_grads(False)
+
+
+def _share_out(
+    ctx: Any, grads: Sequence[Tensor | None], _: Tensor | None
+) -> tuple[None, None, list[Tensor | None], None, None]:
+    """Of each mean's gradient, to each token in it its share of the size; those of a shared batch are summed."""
+    index, match, total, *sizes = ctx.saved_tensors
+    keep, tokens = index.shape[1], match.shape[1]
+    kept = torch.full_like(match, -1).scatter_(1, index, torch.arange(keep, device=index.device).expand_as(index))
+    goal = torch.where((match >= 0) & (match < tokens), kept.gather(1, match.clamp(0, tokens - 1)), -1)
+    goal = torch.where(kept >= 0, kept, goal)  # [B, T]: what a token is part of, or -1
+    whole = total.gather(1, goal.clamp(min=0))
+    part = sizes[0] if sizes else torch.ones_like(whole)
+    share = torch.where(whole > 0, part / whole, 1.0).masked_fill(goal < 0, 0)
+    share = share.masked_fill((kept < 0) & (part == 0), 0)
+    found: list[Tensor | None] = []
+    for grad, full, dim in zip(grads, ctx.shapes, ctx.dims, strict=True):
+        if grad is None or full is None:
+            found.append(None)
+            continue
+        along = [goal.shape[0], *[1] * (len(full) - 1)]
+        along[dim] = tokens
+        where = goal.clamp(min=0).view(along).expand(goal.shape[0], *full[1:])
+        of_tokens = (grad.gather(dim, where) * share.view(along)).to(grad.dtype)
+        found.append(of_tokens if full[0] == goal.shape[0] else of_tokens.sum(0, keepdim=True))
+    return None, None, found, None, None
+
+
+def merge_tokens(
+    index: Tensor,
+    match: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    size: Tensor | None = None,
+    dims: Sequence[int] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Each tensor with the tokens of ``index`` only, each the mean, by size, of itself and of what merges into it.
+
+    ``size'_k = sum_t size_t`` and ``out_k = sum_t size_t x_t / size'_k``, over the kept token itself and the dropped
+    ones of which ``match`` is its position: ToMe's merging (arXiv 2210.09461, section 3), and, with the rows of a KV
+    cache as the batch, LOOK-M's (arXiv 2406.18139). Neither the host nor another stream is waited for, and a CUDA graph
+    may capture it. Differentiable in the tensors that are, not in ``size``.
+
+    Parameters
+    ----------
+    index : [B, K], int64
+        Positions to keep, ascending, as :func:`select_tokens` gives them. Not looked at by the host if on a GPU: there
+        a position out of range ends in a CUDA error, and of a repeated one it is not said which is merged into.
+    match : [B, T], int64
+        For each token that is not in ``index`` the position, in ``index``, that it merges into, as
+        :func:`match_tokens` gives it. Of a token with any other number, -1 for one, nothing remains. Not looked at for
+        the tokens of ``index``.
+    tensors : sequence of [B, .., T, ..] or [1, .., T, ..], fp32/fp16/bf16
+        As in :func:`compact_tokens`, each of its own dtype and shape. A batch of 1 is shared by all rows.
+    size : [B, T], fp32, optional
+        How many tokens each stands for, finite and >= 0, which is checked on a CPU only; all 1 by default. A token of
+        size 0 gives nothing.
+    dims : sequence of int, optional
+        As in :func:`compact_tokens`.
+
+    Returns
+    -------
+    out : list of [B, .., K, ..], contiguous
+        Sums are fp32, of the token itself and then of the others in ascending order; products, sums and the quotient
+        are rounded one by one, then to the dtype: the same bits on every run, thread count and device. A token that is
+        given nothing stays as it is, bit for bit.
+    size : [B, K], fp32
+        For the next merge.
+
+    Raises
+    ------
+    TypeError
+        An index or match that is not int64, a dtype that is not supported, tensors that are none.
+    ValueError
+        Shapes or devices that do not fit, different numbers of tokens; on a CPU, an index out of range or not
+        ascending, a size that is negative or not finite.
+    """
+    expect_tensors(index=index, match=match)
+    if size is not None:
+        expect_tensors(size=size)
+    places = _expect_tokens(tensors, dims)
+    return torch.ops.vlprune.merge_tokens(index, match, list(tensors), None if size is None else size.detach(), places)
+
+
+_library.impl("merge_tokens", _merge_tokens, "CPU")
+_library.impl("merge_tokens", _merge_tokens, "CUDA")
+torch.library.register_fake("vlprune::merge_tokens", _merged, lib=_library)
+torch.library.register_autograd("vlprune::merge_tokens", _share_out, setup_context=_keep_for_shares, lib=_library)
