@@ -14,7 +14,24 @@ if TYPE_CHECKING:
     from .data import Data, load_data
     from .distillation import distill
     from .interventions import DropHead, DropLayer, DropNeurons, PerturbWeight
-    from .methods import ECoFLaP, GlobalMagnitude, Magnitude, MoPE, Random, SparseGPT, Taylor, Wanda
+    from .methods import (
+        PLPHP,
+        DivPrune,
+        ECoFLaP,
+        FastV,
+        GlobalMagnitude,
+        LookM,
+        Magnitude,
+        MoPE,
+        PyramidDrop,
+        Random,
+        RandomTokens,
+        SparseGPT,
+        Taylor,
+        ToMe,
+        VisionZip,
+        Wanda,
+    )
     from .objectives import Contrastive, LMLoss, Objective, Retrieval, ZeroShot
     from .pipeline import Result, evaluate, measure, plan_cost, prune, prune_weights
     from .plan import Module, Plan, Scores
@@ -22,6 +39,7 @@ if TYPE_CHECKING:
     from .scoring import score
     from .semi_structured import to_semi_structured
     from .surgery import apply, masked
+    from .tokens import Pruning, prune_tokens
 
 # Public name -> where it lives. Loaded on first use, so that `vlprune --help` does not wait for torch.
 _HOMES = {
@@ -35,13 +53,21 @@ _HOMES = {
     "DropLayer": "interventions",
     "DropNeurons": "interventions",
     "PerturbWeight": "interventions",
+    "PLPHP": "methods",
+    "DivPrune": "methods",
     "ECoFLaP": "methods",
+    "FastV": "methods",
     "GlobalMagnitude": "methods",
+    "LookM": "methods",
     "Magnitude": "methods",
     "MoPE": "methods",
+    "PyramidDrop": "methods",
     "Random": "methods",
+    "RandomTokens": "methods",
     "SparseGPT": "methods",
     "Taylor": "methods",
+    "ToMe": "methods",
+    "VisionZip": "methods",
     "Wanda": "methods",
     "Contrastive": "objectives",
     "LMLoss": "objectives",
@@ -62,6 +88,8 @@ _HOMES = {
     "to_semi_structured": "semi_structured",
     "apply": "surgery",
     "masked": "surgery",
+    "Pruning": "tokens",
+    "prune_tokens": "tokens",
 }
 _ROOMS = ("ops", "reference", "zoo")
 

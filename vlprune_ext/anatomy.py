@@ -37,6 +37,7 @@ class SitePaths:
     widths: tuple[str, ...] = ()  # attributes of `owner` that count heads * head_dim
     removable: bool = True  # False: the class's own forward cannot run with fewer units
     free_head_dim: bool = False  # the config can set head_dim apart from the number of heads
+    interface: bool = True  # the attention calls the function that its config names
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def _bert_attention(kind: str, root: str) -> SitePaths:
         owner=f"{root}.self",
         counts=("num_attention_heads",),
         widths=("all_head_size",),
+        interface=False,
     )
 
 
@@ -113,6 +115,7 @@ _BLIP = _pre_norm(
     "fc2",
     counts=("num_heads",),
     removable=False,
+    interface=False,
 )
 _VIT = _pre_norm(
     "attention",
@@ -183,6 +186,17 @@ _QWEN_VISION = _pre_norm(
 )
 _QWEN_VISION = replace(_QWEN_VISION, fixed="the config says by number which of them attend to whole images")
 
+_INTERN_VISION = _pre_norm(
+    "attention",
+    _QKV,
+    "projection_layer",
+    ("layernorm_before", "layernorm_after"),
+    ("fc1",),
+    "fc2",
+    counts=("num_heads",),
+    widths=("embed_dim",),
+)
+
 # Block class -> layout.
 LAYOUTS: dict[str, Layout] = {
     "CLIPEncoderLayer": _CLIP,
@@ -190,7 +204,13 @@ LAYOUTS: dict[str, Layout] = {
     "BlipEncoderLayer": _BLIP,
     "BlipTextLayer": _BERT,
     "ViTLayer": _VIT,
+    "Idefics3EncoderLayer": _CLIP,
+    "SmolVLMEncoderLayer": _CLIP,
+    "InternVLVisionLayer": _INTERN_VISION,
     "LlamaDecoderLayer": _LLAMA,
+    "GemmaDecoderLayer": _LLAMA,
+    "MistralDecoderLayer": _LLAMA,
+    "Qwen2DecoderLayer": _LLAMA,
     "Qwen2_5_VLDecoderLayer": _QWEN,
     "Qwen2_5_VLVisionBlock": _QWEN_VISION,
     "Blip2EncoderLayer": _BLIP,
@@ -213,6 +233,11 @@ class Site:
     skip: tuple[nn.Module, ...]
     paths: SitePaths
     block: nn.Module
+
+    @property
+    def attention(self) -> Any:
+        """The module that computes the attention."""
+        return _resolve(self.block, self.paths.owner)
 
     def input_segments(self, projection: nn.Linear) -> int:
         """How many stacked matrices ``projection`` holds: 3 for a fused qkv, else 1."""
@@ -307,7 +332,8 @@ class TowerPaths:
     before: tuple[str, ...] = ()  # modules whose output reaches nothing but the first block
     beside: tuple[str, ...] = ()  # modules that feed what comes after the first block and never change with the tower
     pool: str | None = None  # rows of the last block that are used: "first", "eot", "last", or what predicts "labels"
-    feature_layer: str = ""  # config attribute that says which block's output is used, when it is not the last
+    feature_layer: str = ""  # config attribute (if it has it) that says whose output is used, if not the last's
+    cls: int = 0  # class tokens in front of the patches
 
 
 @dataclass(frozen=True)
@@ -351,7 +377,7 @@ class Tower:
 
     def taps(self) -> frozenset[int]:
         """Blocks whose output is read by more than the next block: the features that a language model sees."""
-        value = getattr(self.root_config, self.paths.feature_layer) if self.paths.feature_layer else ()
+        value = getattr(self.root_config, self.paths.feature_layer, ()) if self.paths.feature_layer else ()
         layers = (value,) if isinstance(value, int) else tuple(value or ())
         # Entry 0 of `hidden_states` is what enters the first block, entry i + 1 is what leaves block i.
         return frozenset((layer if layer >= 0 else len(self) + 1 + layer) - 1 for layer in layers)
@@ -379,6 +405,17 @@ def _eot_position(input_ids: Tensor, eos_token_id: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class VisualPaths:
+    """Where visual tokens meet language: among the text of a tower, or as what its cross-attention reads."""
+
+    tower: str = "text"  # whose blocks they enter
+    placeholders: tuple[str, ...] = ("image_token_id",)  # attributes of the config: ids that they take in input_ids
+    projector: str = ""  # takes the vision tower's patches and gives the tokens, one by one; "" = they do not match
+    reader: str = ""  # cross-attention: the module that is called with encoder_hidden_states
+    prefix: bool = False  # a prompt attends to itself in both directions
+
+
+@dataclass(frozen=True)
 class Family:
     """One entry of the table: what a family of models keeps where."""
 
@@ -387,6 +424,7 @@ class Family:
     embed: dict[str, Callable[[nn.Module, dict[str, Tensor]], Tensor]] = field(default_factory=dict)
     head: str = ""  # the module that turns hidden states into logits; "" = the model has none
     needs_decoder_ids: bool = False  # labels enter as decoder_input_ids
+    visual: VisualPaths | None = None  # where visual tokens meet language; None = nowhere
     otherwise: Family | None = None  # the entry for models of this class that lack a tower of this one
 
 
@@ -452,7 +490,7 @@ _BLIP2 = Family(
 _LLAVA = Family(
     {
         "vision": _vision(
-            "model.vision_tower.", "model.vision_tower.vision_model.", feature_layer="vision_feature_layer"
+            "model.vision_tower.", "model.vision_tower.vision_model.", feature_layer="vision_feature_layer", cls=1
         ),
         "text": TowerPaths(
             ("model.language_model.layers",),
@@ -462,6 +500,20 @@ _LLAVA = Family(
         ),
     },
     head="lm_head",
+    visual=VisualPaths(projector="model.multi_modal_projector"),
+)
+_IDEFICS3 = Family(
+    {
+        "vision": _vision("model.vision_model."),
+        "text": TowerPaths(
+            ("model.text_model.layers",),
+            "text_config",
+            before=("model.vision_model", "model.connector", "model.text_model.embed_tokens"),
+            pool="labels",
+        ),
+    },
+    head="lm_head",
+    visual=VisualPaths(),
 )
 _DUAL_EMBED = {"vision": _image_features, "text": _text_features}
 _LLAMA_TOWER = {
@@ -471,26 +523,33 @@ _LLAMA_TOWER = {
 # Model class -> entry. One class, one entry: what differs between the classes of a model type is just what counts here.
 FAMILIES: dict[str, Family] = {
     "CLIPModel": Family(
-        {"vision": _vision("vision_model.", pool="first"), "text": _text("text_model.", pool="eot")}, _DUAL_EMBED
+        {"vision": _vision("vision_model.", pool="first", cls=1), "text": _text("text_model.", pool="eot")}, _DUAL_EMBED
     ),
-    "CLIPVisionModel": Family({"vision": _vision("", "vision_model.", config="", pool="first")}, {"vision": _pooled}),
+    "CLIPVisionModel": Family(
+        {"vision": _vision("", "vision_model.", config="", pool="first", cls=1)}, {"vision": _pooled}
+    ),
     "SiglipModel": Family({"vision": _vision("vision_model."), "text": _text("text_model.", pool="last")}, _DUAL_EMBED),
     "SiglipVisionModel": Family({"vision": _vision("", "vision_model.", config="")}, {"vision": _pooled}),
     "BlipForImageTextRetrieval": Family(
-        {"vision": _vision("vision_model.", pool="first"), "text": _text("text_encoder.", pool="first")},
+        {"vision": _vision("vision_model.", pool="first", cls=1), "text": _text("text_encoder.", pool="first")},
         {"vision": _blip_image_features, "text": _blip_text_features},
     ),
     "BlipForQuestionAnswering": Family(
         {
-            "vision": _vision("vision_model."),
+            "vision": _vision("vision_model.", cls=1),
             "text": _text("text_encoder.", beside=("vision_model",)),
             "decoder": _text("text_decoder.bert.", beside=("vision_model", "text_encoder")),
         },
         head="text_decoder.cls",
         needs_decoder_ids=True,
+        visual=VisualPaths(reader="text_encoder"),
     ),
     "LlavaForConditionalGeneration": _LLAVA,
-    "LlavaNextForConditionalGeneration": _LLAVA,
+    "LlavaNextForConditionalGeneration": replace(_LLAVA, visual=VisualPaths()),  # newlines among its tokens
+    "PaliGemmaForConditionalGeneration": replace(_LLAVA, visual=VisualPaths(prefix=True)),
+    "InternVLForConditionalGeneration": replace(_LLAVA, visual=VisualPaths()),  # four patches a token
+    "Idefics3ForConditionalGeneration": _IDEFICS3,
+    "SmolVLMForConditionalGeneration": _IDEFICS3,
     "Qwen2_5_VLForConditionalGeneration": Family(
         {
             # Packed patches of all images, [B * patches, D]; copies of them are packed likewise.
@@ -500,6 +559,7 @@ FAMILIES: dict[str, Family] = {
             ),
         },
         head="lm_head",
+        visual=VisualPaths(placeholders=("image_token_id", "video_token_id")),
     ),
     "Blip2ForConditionalGeneration": _BLIP2,
     "InstructBlipForConditionalGeneration": _BLIP2,
@@ -512,8 +572,8 @@ FAMILIES: dict[str, Family] = {
         },
         head="lm_head",
     ),
-    "ViTModel": Family({"vision": _vision("", config="")}, {"vision": _pooled}),
-    "ViTForImageClassification": Family({"vision": _vision("vit.", config="", pool="first")}),
+    "ViTModel": Family({"vision": _vision("", config="", cls=1)}, {"vision": _pooled}),
+    "ViTForImageClassification": Family({"vision": _vision("vit.", config="", pool="first", cls=1)}),
     "LlamaForCausalLM": Family(_LLAMA_TOWER, head="lm_head"),
     "LlamaModel": Family(_LLAMA_TOWER),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -449,6 +450,8 @@ def _final_states(anatomy: Anatomy, head: nn.Module, inputs: Inputs) -> Tensor:
         return hidden
 
     arguments: dict[str, Tensor | bool] = {name: value for name, value in inputs.items() if name != "labels"}
+    model: Any = anatomy.model
+    visual = anatomy.family.visual
     if anatomy.family.needs_decoder_ids:
         labels = inputs["labels"]
         arguments["decoder_input_ids"] = labels.masked_fill(labels == IGNORED, anatomy.text_config.pad_token_id)
@@ -457,7 +460,11 @@ def _final_states(anatomy: Anatomy, head: nn.Module, inputs: Inputs) -> Tensor:
         arguments["use_cache"] = False
     with Patches() as patches:
         patches.forward(head, keep)
-        anatomy.model(**arguments)
+        if visual is not None and not visual.reader:
+            # They tell the instruction from the answer, for `prune_tokens`. The loss is ours.
+            arguments["labels"] = inputs["labels"]
+            patches.attribute(model, "loss_function", lambda **_: None)
+        model(**arguments)
     return seen[0]
 
 

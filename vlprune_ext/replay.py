@@ -48,9 +48,12 @@ def _stacked(value: T, copies: int) -> T:
 
 
 def _blank(value: T, copies: int = 1) -> T:
-    """The shape of ``_stacked(value, copies)`` without its memory: for results that nothing will read."""
+    """The shape of ``_stacked(value, copies)`` without its memory: for results that nothing will read.
+
+    Ones, since there are models that take images of zeros for padding.
+    """
     return pytree.tree_map_only(
-        Tensor, lambda t: t.new_zeros(()).expand(copies * t.shape[0], *t.shape[1:]) if t.dim() else t, value
+        Tensor, lambda t: t.new_ones(()).expand(copies * t.shape[0], *t.shape[1:]) if t.dim() else t, value
     )
 
 

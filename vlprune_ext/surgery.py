@@ -314,7 +314,9 @@ def _feature_layer(anatomy: Anatomy, tower: Tower, plan: Plan) -> int | list[int
         place = sum(layer not in gone for layer in range(stream))
         return place if index >= 0 else place - (blocks - len(gone) + 1)
 
-    value = getattr(anatomy.model.config, tower.paths.feature_layer)
+    value = getattr(anatomy.model.config, tower.paths.feature_layer, None)
+    if value is None:
+        return None
     return moved(value) if isinstance(value, int) else [moved(index) for index in value]
 
 

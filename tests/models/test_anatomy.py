@@ -28,9 +28,13 @@ TOWERS = {
     "instruct_llama": {"vision": 4, "text": 4},
     "llava_next": {"vision": 4, "text": 4},
     "qwen2_5_vl": {"vision": 4, "text": 4},
+    "paligemma": {"vision": 4, "text": 4},
+    "internvl": {"vision": 4, "text": 4},
+    "idefics3": {"vision": 4, "text": 4},
+    "smolvlm": {"vision": 4, "text": 4},
 }
 HIDDEN = {"vision": 64, "text": 48, "encoder": 48, "decoder": 48}
-GROUPED = ("llava", "llama", "instruct_llama", "llava_next", "qwen2_5_vl")  # two query heads a key/value head
+GROUPED = ("llava", "llama", "instruct_llama", *tiny.DECODERS)  # two query heads a key/value head
 
 
 def params(model):
@@ -124,7 +128,13 @@ def test_matrices_outside_the_blocks(name):
     model = tiny.build(name)
     inside = {m for tower in describe(model).towers.values() for m in tower.container.modules()}
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    bridges = ("qformer.", "language_projection", "model.multi_modal_projector.", "model.visual.merger.")
+    bridges = (
+        "qformer.",
+        "language_projection",
+        "model.multi_modal_projector.",
+        "model.visual.merger.",
+        "model.connector.",
+    )
     bridges += ("lm_head", "language_model.lm_head", "model.decoder.project_")
     assert {path.startswith(bridges) for path, m in linears.items() if m not in inside} == {True}
     assert not any(path.startswith(bridges) for path, m in linears.items() if m in inside)

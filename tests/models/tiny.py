@@ -30,6 +30,10 @@ LAYERWISE = (
     "instruct_llama",
     "llava_next",
     "qwen2_5_vl",
+    "paligemma",
+    "internvl",
+    "idefics3",
+    "smolvlm",
 )
 ALL = NAMES + LAYERWISE
 DUAL = ("clip", "siglip", "blip_itr")  # two towers that embed
@@ -38,15 +42,19 @@ GENERATIVE = ("blip_vqa", "llava", "llama", *LAYERWISE)  # texts with labels
 TEXT_ONLY = ("llama", "t5", "opt", "opt_post_norm")
 # Surgery takes no blocks out of these: T5's first holds the position bias of all, Qwen's config says which attend how.
 WHOLE = ("T5Block", "Qwen2_5_VLVisionBlock")
+# Visual tokens among the text of a decoder, with a key-value cache.
+DECODERS = ("llava", "llava_next", "qwen2_5_vl", "paligemma", "internvl", "idefics3", "smolvlm")
 
 VOCAB = 64
 LENGTH = 12  # of the longest text
 PAD, BOS, EOS, IMAGE = 0, 60, 61, 62  # ids of ordinary tokens are 3 .. 59
 PATCHES = 9
 # Image tokens in a text. LLaVA-NeXT: the image whole, then 3 x 6 patches of its two halves with a newline a row.
-# Qwen2.5-VL: 4 x 8 patches in 2 x 2 squares.
-IMAGE_TOKENS = {"llava": PATCHES, "llava_next": PATCHES + 3 * 7, "qwen2_5_vl": 8} | dict.fromkeys(
-    ("blip2_opt", "blip2_t5", "instruct_t5", "instruct_llama"), 5
+# Qwen2.5-VL: 4 x 8 patches in 2 x 2 squares. InternVL, Idefics3, SmolVLM: 6 x 6 patches in 2 x 2 squares.
+IMAGE_TOKENS = (
+    {"llava": PATCHES, "llava_next": PATCHES + 3 * 7, "qwen2_5_vl": 8, "paligemma": PATCHES}
+    | dict.fromkeys(("internvl", "idefics3", "smolvlm"), 9)
+    | dict.fromkeys(("blip2_opt", "blip2_t5", "instruct_t5", "instruct_llama"), 5)
 )
 
 _VISION = {
@@ -197,6 +205,37 @@ def _qwen2_5_vl() -> nn.Module:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _paligemma() -> nn.Module:
+    config = transformers.PaliGemmaConfig(
+        vision_config={**_VISION, "model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False},
+        text_config={**_LLAMA, "model_type": "gemma", "head_dim": 8},
+        image_token_index=IMAGE,
+        projection_dim=32,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def _internvl() -> nn.Module:
+    config = transformers.InternVLConfig(
+        vision_config={**_VISION, "model_type": "internvl_vision", "image_size": [12, 12], "patch_size": [2, 2]},
+        text_config={**_LLAMA, "model_type": "qwen2"},
+        image_token_id=IMAGE,
+        image_seq_length=9,
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def _idefics3(kind: str) -> nn.Module:
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config={**_VISION, "patch_size": 2},
+        text_config={**_LLAMA, "model_type": "llama"},
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+        scale_factor=2,
+    )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
 _BUILDERS = {
     "clip": _clip,
     "siglip": _siglip,
@@ -214,6 +253,10 @@ _BUILDERS = {
     "instruct_llama": lambda: _blip2("InstructBlip", {**_LLAMA, "model_type": "llama"}),
     "llava_next": _llava_next,
     "qwen2_5_vl": _qwen2_5_vl,
+    "paligemma": _paligemma,
+    "internvl": _internvl,
+    "idefics3": lambda: _idefics3("Idefics3"),
+    "smolvlm": lambda: _idefics3("SmolVLM"),
 }
 
 
@@ -252,6 +295,8 @@ def _images(name: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
     if name == "qwen2_5_vl":  # 32 patches of two frames of 2 x 2 pixels
         grid = torch.tensor([[1, 4, 8]]).repeat(n, 1)
         return {"pixel_values": torch.randn(n * 32, 3 * 2 * 2 * 2, generator=generator), "image_grid_thw": grid}
+    if name in ("idefics3", "smolvlm"):  # one tile
+        return {"pixel_values": torch.randn(n, 1, 3, size, size, generator=generator)}
     return {"pixel_values": torch.randn(n, 3, size, size, generator=generator)}
 
 
@@ -283,6 +328,8 @@ def _texts(name: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         texts["attention_mask"] = torch.cat([mask[:, :1], torch.ones_like(image), mask[:, 1:]], 1)
         scored = torch.cat([torch.full_like(image, -100), scored], 1)
         scored[:, count + 1] = -100  # a token of the question
+    if name == "paligemma":  # what comes before the answer sees itself in both directions
+        texts["token_type_ids"] = (scored != -100).long()
     if name == "qwen2_5_vl":
         texts["mm_token_type_ids"] = (texts["input_ids"] == IMAGE).int()
     if name in ENCODER_DECODER:

@@ -1,0 +1,9 @@
+"""Checks that the token methods share."""
+
+from __future__ import annotations
+
+
+def expect_share(name: str, value: float) -> None:
+    """Raise ValueError unless 0 < value <= 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name} is {value!r}; expected a share 0 < {name} <= 1")

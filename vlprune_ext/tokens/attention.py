@@ -1,0 +1,211 @@
+"""Who attends to what, read off a running model without an attention map.
+
+The attention modules of most families call a function that their config names. A watched module gets a copy of its
+config that names one of ours, which wraps theirs; every other module, and the masks, go on as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import ops
+from ..anatomy import Site
+from ..patch import Patches
+
+# (attend, query [B, H, Tq, d], key [B, Hkv, Tk, d], value, mask) -> what `attend` returns
+Advice = Callable[[Callable, Tensor, Tensor, Tensor, Tensor | None], Any]
+Watcher = Callable[[Tensor, Tensor, float], None]  # query, key, scale
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def _original(module: nn.Module, implementation: str) -> Callable:
+    if implementation == "eager":  # each family has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def _advised(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    """The attention function of watched modules."""
+    ours: Any = module.config
+    theirs, advice = ours.vlprune_original, ours.vlprune_advice
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+        module.config = theirs  # flash attention reads the name of its kernel there
+        try:
+            return _original(module, theirs._attn_implementation)(module, query, key, value, mask, **kwargs)
+        finally:
+            module.config = ours
+
+    return advice(attend, query, key, value, mask)
+
+
+def _around(patches: Patches, attention: Any, advice: Advice) -> None:
+    """Run ``advice`` in place of the function that an attention's config names."""
+    ours = copy.copy(attention.config)
+    name = f"vlprune_{ours._attn_implementation}"  # what is flash attention is known by its name
+    AttentionInterface.register(name, _advised)
+    ours._attn_implementation_internal = name
+    ours.vlprune_original, ours.vlprune_advice = attention.config, advice
+    patches.attribute(attention, "config", ours)
+
+
+def watch(patches: Patches, site: Site, watcher: Watcher) -> None:
+    """Show ``watcher`` the queries and keys of an attention, just before they meet."""
+    attention = site.attention
+    if site.paths.interface:
+        scale = attention.scaling if hasattr(attention, "scaling") else attention.scale
+
+        def look(attend: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+            watcher(query, key, scale)
+            return attend(query, key, value, mask)
+
+        _around(patches, attention, look)
+        return
+    scale = site.width**-0.5
+    if len(site.inputs) == 1:  # all three in one
+
+        def split(_: nn.Module, __: tuple, packed: Tensor) -> None:
+            query, key, _value = _heads(packed, 3 * site.units).chunk(3, 1)
+            watcher(query, key, scale)
+
+        patches.hook(site.inputs[0], split)
+        return
+    queries: list[Tensor] = []
+
+    def first(_: nn.Module, __: tuple, output: Tensor) -> None:
+        queries.append(_heads(output, site.units))
+
+    def second(_: nn.Module, __: tuple, output: Tensor) -> None:
+        watcher(queries.pop(), _heads(output, site.units), scale)
+
+    patches.hook(site.inputs[0], first)
+    patches.hook(site.inputs[1], second)
+
+
+def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None]) -> None:
+    """Let each key count ``weight()`` [B, T] times in a self-attention; None: once."""
+
+    def bias(query: Tensor) -> Tensor | None:
+        times = weight()
+        return None if times is None else times.log().to(query.dtype)[:, None, None]
+
+    attention = site.attention
+    if site.paths.interface:
+
+        def heavier(attend: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+            added = bias(query)
+            if added is not None:
+                mask = added if mask is None else mask + added
+            return attend(query, key, value, mask)
+
+        _around(patches, attention, heavier)
+        return
+    original = attention.forward
+
+    def forward(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        added = bias(hidden_states)
+        if added is None:
+            return original(hidden_states, **kwargs)
+        query, key, value = _heads(site.inputs[0](hidden_states), 3 * site.units).chunk(3, 1)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
+        return site.out(context.transpose(1, 2).flatten(2)), None
+
+    patches.forward(attention, forward)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H * d] -> [B, H, T, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+# --- what keys receive -----------------------------------------------------------------------------------------------
+
+
+def log_sum_exp(query: Tensor, key: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """[B, H, Tq] fp32, what flash attention returns beside its output, for as many key as query heads.
+
+    mask [B, 1, 1, Tk], additive, in the queries' dtype.
+    """
+    if query.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, key, is_causal=causal, attn_mask=mask, scale=scale)[1]
+    if mask is not None:  # rows of the mask have to start at multiples of 16 bytes
+        length = mask.shape[-1]
+        mask = F.pad(mask, (0, -length % 16))[..., :length].expand(*query.shape[:3], -1)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    lse = efficient(query, key, key, mask, True, is_causal=causal, scale=scale)[1]
+    return lse[..., : query.shape[2]]
+
+
+def from_rows(
+    query: Tensor,  # [B, H, Tq, d], few
+    key: Tensor,  # [B, Hkv, Tk, d]
+    scale: float,
+    key_mask: Tensor | None = None,  # [B, Tk] bool
+    query_weight: Tensor | None = None,  # [B, Tq]
+) -> Tensor:
+    """[B, Hkv, Tk]: the attention that rows give each key, summed over the query heads of each key head."""
+    b, hkv, tk, d = key.shape
+    rows = query.shape[2]
+    group = query.shape[1] // hkv
+    folded = query.reshape(b, hkv, group * rows, d)  # a group's heads as rows: they read the same keys
+    mask = None
+    if key_mask is not None:
+        mask = torch.zeros(b, 1, 1, tk, dtype=query.dtype, device=query.device)
+        mask.masked_fill_(~key_mask[:, None, None], -torch.inf)
+    lse = log_sum_exp(folded, key, scale, mask=mask)
+    return _by_head(folded, key, lse, scale, key_mask, None if query_weight is None else query_weight.repeat(1, group))
+
+
+def _by_head(query, key, lse, scale, key_mask=None, query_weight=None, causal=False) -> Tensor:
+    """[B, Hkv, Tk] of queries [B, Hkv, Tq, d], one head of queries a key head."""
+    b, hkv, tk, _ = key.shape
+
+    def spread(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, None].expand(b, hkv, -1).reshape(b * hkv, -1)
+
+    received = ops.attention_importance(
+        query.reshape(b * hkv, 1, *query.shape[2:]),
+        key.reshape(b * hkv, 1, *key.shape[2:]),
+        lse.reshape(b * hkv, 1, -1),
+        key_mask=spread(key_mask),
+        query_weight=spread(query_weight),
+        causal=causal,
+        scale=scale,
+    )
+    return received.view(b, hkv, tk)
+
+
+def from_all(query: Tensor, key: Tensor, scale: float, valid: Tensor, causal: bool) -> Tensor:
+    """[B, Hkv, T]: the attention that each key receives from all tokens, summed over the query heads of each key head.
+
+    valid [B, T] bool; the tokens of a padded sample lie side by side, so that each is one call without a mask.
+    """
+    b, hkv, tokens, _ = key.shape
+    group = query.shape[1] // hkv
+    received = key.new_zeros((b, hkv, tokens), dtype=torch.float32)
+    parts = [slice(None)] if bool(valid.all()) else [slice(sample, sample + 1) for sample in range(b)]
+    for part in parts:
+        start, stop = _span(valid[part][0])
+        keys = key[part, :, start:stop]
+        for head in range(group):  # one of each group at a time
+            queries = query[part, head::group, start:stop]
+            lse = log_sum_exp(queries, keys, scale, causal)
+            received[part, :, start:stop] += _by_head(queries, keys, lse, scale, causal=causal)
+    return received
+
+
+def _span(valid: Tensor) -> tuple[int, int]:
+    places = valid.nonzero()
+    return int(places[0]), int(places[-1]) + 1

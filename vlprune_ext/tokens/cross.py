@@ -1,0 +1,116 @@
+"""Visual tokens that cross-attention reads: fewer of them from some block of the reader on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..anatomy import Anatomy
+from ..patch import Patches
+from . import attention
+from .decoder import check_stages
+from .features import FeatureTap
+from .method import DropTokens, View, choose, share
+from .record import Pruning
+
+
+class CrossStream:
+    """The hooks on a stack of blocks with cross-attention. Every sample has the same number of visual tokens."""
+
+    def __init__(self, anatomy: Anatomy, method: DropTokens, pruning: Pruning) -> None:
+        visual = anatomy.family.visual
+        assert visual is not None
+        self.method, self.pruning = method, pruning
+        self.tower = anatomy.tower(visual.tower)
+        self.reader = anatomy.model.get_submodule(visual.reader)
+        self.cls = anatomy.tower("vision").paths.cls
+        self.stages = check_stages(method, len(self.tower))
+        self.tap = FeatureTap(anatomy, method) if method.reads_features else None
+        self.received: dict[int, Tensor] = {}
+        self.states: Tensor | None = None  # [B, P', D] what the coming blocks read
+        self.index: Tensor | None = None  # [B, P'] which tokens these are
+        self.count = 0  # P
+        self.ids: Tensor | None = None
+        self.asking: Tensor | None = None  # [B, T] fp32, the tokens of the question
+
+    def install(self, patches: Patches) -> None:
+        patches.pre_hook(self.reader, self._begin, with_kwargs=True)
+        if self.tap is not None:
+            self.tap.install(patches)
+        for layer, block in enumerate(self.tower.container):
+            patches.pre_hook(block, self._enter_hook(layer), with_kwargs=True)
+        if self.method.reads_attention:
+            for layer in self.stages:
+                site = self.tower.blocks[layer - 1].sites["cross_head"]
+                attention.watch(patches, site, self._watcher(layer))
+
+    def _begin(self, reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        self.received.clear()
+        self.index = None
+        states = kwargs.get("encoder_hidden_states")
+        if states is None:
+            raise ValueError("encoder_hidden_states: none came; there are no visual tokens to prune")
+        ids, mask = args[0] if args else kwargs["input_ids"], kwargs.get("attention_mask")
+        valid = torch.ones_like(ids) if mask is None else mask
+        self.ids, self.asking = ids * valid, valid.float()
+        if self.tap is not None:
+            patches = self.tap.summarise(states[:, self.cls :])
+            states = torch.cat([states[:, : self.cls], patches], 1)
+            kwargs = {**kwargs, "encoder_hidden_states": states}
+        self.states, self.count = states, states.shape[1]
+        self.pruning.begin(self._visual(states))
+        return args, kwargs
+
+    def _visual(self, states: Tensor) -> Tensor:
+        """[B, P]: all but the class token."""
+        return (torch.arange(states.shape[1], device=states.device) >= self.cls).expand(states.shape[:2])
+
+    def _enter_hook(self, layer: int):
+        def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if layer in self.stages:
+                self._drop(layer)
+            if self.index is None:
+                return None
+            kwargs = dict(kwargs)
+            kwargs["encoder_attention_mask"] = None  # all of them count
+            return (args[0], self.states, *args[2:]), kwargs
+
+        return enter
+
+    def _drop(self, layer: int) -> None:
+        assert self.states is not None
+        patches = self.count - self.cls
+        keep = share(self.stages[layer], patches) if self.tap is None else self.tap.count
+        if keep == patches:
+            return
+        batch, tokens = self.states.shape[:2]
+        visual = self._visual(self.states)
+        summary = None
+        if self.tap is not None:
+            assert self.tap.kept is not None
+            summary = nn.functional.pad(self.tap.kept, (self.cls, 0))
+        score = self.method.score(
+            View(
+                layer=layer,
+                states=self.states,
+                visual=visual,
+                count=torch.full((batch,), keep, device=self.states.device),
+                received=self.received.pop(layer, None),
+                ids=self.ids,
+                summary=summary,
+            )
+        )
+        index, _ = choose(score.float(), ~visual, [keep + self.cls] * batch)
+        places = torch.arange(tokens, device=index.device)[None] if self.index is None else self.index
+        self.states, self.index = ops.compact_tokens(index, [self.states, places])
+        self.pruning.dropped(layer, self.index, torch.ones_like(self.index, dtype=torch.bool))
+
+    def _watcher(self, layer: int):
+        def look(query: Tensor, key: Tensor, scale: float) -> None:
+            if self.asking is not None:
+                self.received[layer] = attention.from_rows(query, key, scale, query_weight=self.asking).sum(1)
+
+        return look

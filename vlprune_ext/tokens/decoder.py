@@ -1,0 +1,321 @@
+"""Visual tokens among the text of a decoder: they leave its residual stream, or its key-value cache.
+
+Transformers goes on to see the whole sequence: masks and positions are prepared for all of it, and what leaves the last
+block is spread over it again, each dropped token showing the state of the last one kept before it, whose prediction is
+what comes next. So labels, losses and `generate` need no change. Only the blocks behind a drop compute less.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..anatomy import IGNORED, Anatomy
+from ..patch import Patches
+from . import attention, masks
+from .cache import PrunedLayer, check_cache, put_layer
+from .method import CacheView, DropTokens, EvictTokens, View, choose, share
+from .record import Pruning
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of sequences during its first forward."""
+
+    tokens: int  # T of the whole sequence
+    ids: Tensor  # [B, T]
+    texts: list[int]  # tokens that are neither visual nor padding, for each sample
+    images: list[int]  # visual tokens of the input, for each sample
+    visual: Tensor  # [B, T'] bool, of the tokens that are left
+    valid: Tensor  # [B, T'] bool, no padding or filler
+    row: Tensor  # [B] the last instruction token, among those that are left
+    index: Tensor | None = None  # [B, T'] their places in the sequence; None: all are left
+    padded: bool = False  # some are not valid, since samples keep different numbers
+
+
+class DecoderStream:
+    """The hooks on a decoder's blocks."""
+
+    def __init__(self, anatomy: Anatomy, method: DropTokens | EvictTokens, pruning: Pruning) -> None:
+        visual = anatomy.family.visual
+        assert visual is not None
+        self.anatomy, self.method, self.pruning = anatomy, method, pruning
+        self.paths = visual
+        self.tower = anatomy.tower(visual.tower)
+        self.sites = [block.sites["head"] for block in self.tower.blocks]
+        self.layer_of = [site.attention.layer_idx for site in self.sites]
+        depth = len(self.tower)
+        if isinstance(method, DropTokens):
+            self.stages = check_stages(method, depth)
+            self.first = min(self.stages)
+        else:
+            self.stages = {}
+            self.first = method.starts(depth)
+        self.placeholders = [
+            token for name in visual.placeholders if (token := getattr(anatomy.model.config, name, None)) is not None
+        ]
+        self.signature = inspect.signature(anatomy.model.forward)
+        self.prompt: Prompt | None = None
+        self.received: dict[int, Tensor] = {}
+        self.summary: Tensor | None = None  # [images, P], where the method summarises features
+        self._embeddings: tuple[Tensor, Tensor] | None = None
+        self._mask: Tensor | None = None
+
+    def install(self, patches: Patches) -> None:
+        patches.pre_hook(self.anatomy.model, self._begin, with_kwargs=True)
+        blocks = list(self.tower.container)
+        for layer in range(self.first, len(blocks)):
+            patches.pre_hook(blocks[layer], self._enter_hook(layer), with_kwargs=True)
+        if isinstance(self.method, EvictTokens):
+            for layer in range(self.first, len(blocks)):
+                attention.watch(patches, self.sites[layer], self._watcher(layer))
+                patches.hook(blocks[layer], self._evict_hook(layer), with_kwargs=True)
+            return
+        if self.method.reads_attention:
+            for layer in self.stages:
+                attention.watch(patches, self.sites[layer - 1], self._watcher(layer))
+        patches.hook(blocks[-1], self._leave, prepend=True)
+
+    # --- the whole sequence ------------------------------------------------------------------------------------------
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.prompt, self._embeddings, self._mask = None, None, None
+        self.received.clear()
+        given = self.signature.bind_partial(*args, **kwargs).arguments
+        cache = given.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            if given.get("pixel_values") is not None:
+                raise ValueError("pixel_values: images after the first forward of a sequence are not pruned")
+            return
+        if cache is not None:
+            check_cache(cache, self.layer_of[self.first :])
+        ids = given.get("input_ids")
+        if ids is None:
+            raise ValueError("input_ids: none came; token pruning finds the visual tokens by their ids")
+        visual = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
+        mask = given.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected [B, T] for token pruning")
+        valid = torch.ones_like(visual) if mask is None else mask.bool()
+        visual &= valid
+        images, lengths = torch.stack([visual.sum(1), valid.sum(1)]).tolist()
+        if not any(images):
+            raise ValueError(f"input_ids: no visual token (id {self.placeholders}) in a batch of {len(ids)}")
+        self.prompt = Prompt(
+            tokens=ids.shape[1],
+            ids=ids * valid,
+            texts=[length - image for length, image in zip(lengths, images, strict=True)],
+            images=images,
+            visual=visual,
+            valid=valid,
+            row=_last_instruction(valid, given.get("labels")),
+        )
+        self.pruning.begin(visual)
+
+    # --- one block ---------------------------------------------------------------------------------------------------
+
+    def _enter_hook(self, layer: int):
+        def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if self.prompt is None:
+                return self._decode(layer, args, kwargs)
+            return self._prefill(layer, args, kwargs)
+
+        return enter
+
+    def _prefill(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        assert self.prompt is not None
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if layer in self.stages:
+            hidden = self._drop(layer, hidden, kwargs)
+        prompt = self.prompt
+        if prompt.index is None:
+            return None
+        kwargs["attention_mask"], kwargs["position_embeddings"] = self._mask, self._embeddings
+        kwargs["position_ids"] = None  # they would look like those of several sequences
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            check_cache(cache, [self.layer_of[layer]])
+            valid = prompt.valid if prompt.padded else None
+            put_layer(cache, self.layer_of[layer], PrunedLayer(prompt.tokens, prompt.index.shape[1], valid))
+        return (hidden, *args[1:]), kwargs
+
+    def _drop(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What enters the block once tokens have left; notes which, their mask and positions."""
+        prompt, method = self.prompt, self.method
+        assert prompt is not None
+        assert isinstance(method, DropTokens)
+        if self.summary is None:
+            kept = [share(self.stages[layer], count) for count in prompt.images]
+        else:
+            patches, stay = self.summary.shape[1], int(self.summary[0].sum())  # as many of every image
+            kept = [count // patches * stay for count in prompt.images]
+        if kept == prompt.images:
+            return hidden
+        view = View(
+            layer=layer,
+            states=hidden,
+            visual=prompt.visual,
+            count=torch.tensor(kept, device=hidden.device),
+            received=self.received.pop(layer, None),
+            ids=prompt.ids,
+            summary=None if self.summary is None else _spread(self.summary, prompt.visual),
+        )
+        text = prompt.valid & ~prompt.visual
+        score = method.score(view).float().masked_fill(~prompt.valid, torch.nan)
+        counts = [of_text + of_image for of_text, of_image in zip(prompt.texts, kept, strict=True)]
+        index, valid = choose(score, text, counts)
+        given, embeddings = self._mask, self._embeddings
+        if prompt.index is None:
+            given, embeddings = kwargs.get("attention_mask"), kwargs["position_embeddings"]
+        assert embeddings is not None
+        places = torch.arange(prompt.tokens, device=hidden.device)[None] if prompt.index is None else prompt.index
+        hidden, cos, sin, places, visual, still_valid = ops.compact_tokens(
+            index, [hidden, *embeddings, places, prompt.visual, prompt.valid]
+        )
+        if valid is not None:
+            visual, still_valid = visual & valid, valid
+        self.prompt = replace(
+            prompt,
+            visual=visual,
+            valid=still_valid,
+            row=((index == prompt.row[:, None]) & still_valid).int().argmax(1),
+            index=places,
+            padded=valid is not None,
+        )
+        flash = "flash" in self.tower.config._attn_implementation
+        self._mask = masks.shrink(given, index, valid, flash)
+        self._embeddings = (cos, sin)
+        if method.positions == "renumber":
+            self._embeddings = self._rotary(hidden, (still_valid.cumsum(1) - 1).clamp(min=0))
+        self.pruning.dropped(layer, places, still_valid)
+        return hidden
+
+    def _rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        owner = self.tower.prefix.rpartition(".")[0]
+        rotary: Any = self.anatomy.model.get_submodule(owner).rotary_emb
+        return rotary(hidden, position_ids)
+
+    def _leave(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """The last block's output, over the whole sequence."""
+        prompt = self.prompt
+        if prompt is None or prompt.index is None:
+            return None
+        # Of each token: how many before it were kept, itself included. Fillers stand where they are without counting.
+        kept = prompt.valid.new_zeros(prompt.index.shape[0], prompt.tokens, dtype=torch.int64)
+        kept.scatter_add_(1, prompt.index, prompt.valid.long())
+        order = prompt.valid.int().argsort(dim=1, descending=True, stable=True)
+        back = order.gather(1, (kept.cumsum(1) - 1).clamp(min=0))
+        return ops.compact_tokens(back, [output])[0]
+
+    # --- later tokens ------------------------------------------------------------------------------------------------
+
+    def _decode(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or self.layer_of[layer] >= len(cache.layers):
+            return None
+        pruned = cache.layers[self.layer_of[layer]]
+        if not isinstance(pruned, PrunedLayer):
+            return None
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        flash = "flash" in self.tower.config._attn_implementation
+        assert pruned.keys is not None
+        held = pruned.keys.shape[-2]
+        kwargs["attention_mask"] = masks.extend(
+            kwargs.get("attention_mask"), pruned.tokens, pruned.valid, held, pruned.left, hidden, flash
+        )
+        if isinstance(self.method, DropTokens) and self.method.positions == "renumber":
+            start = pruned.count(hidden.shape[0], hidden.device) + held - pruned.left
+            kwargs["position_embeddings"] = self._rotary(
+                hidden, start[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
+            )
+        kwargs["position_ids"] = None
+        return args, kwargs
+
+    # --- attention and cache -----------------------------------------------------------------------------------------
+
+    def _watcher(self, layer: int):
+        """Notes for ``layer`` what its keys, or those of the block before, receive."""
+
+        def look(query: Tensor, key: Tensor, scale: float) -> None:
+            prompt = self.prompt
+            if prompt is None:
+                return
+            valid = prompt.valid
+            if isinstance(self.method, EvictTokens) and self.method.rows == "all":
+                self.received[layer] = attention.from_all(query, key, scale, valid, causal=not self.paths.prefix)
+                return
+            row = prompt.row[:, None]
+            asking = ops.compact_tokens(row, [query], [2])[0]
+            seen = valid & (torch.arange(key.shape[2], device=key.device) <= row)
+            by_head = attention.from_rows(asking, key, scale, seen)
+            self.received[layer] = by_head if isinstance(self.method, EvictTokens) else by_head.sum(1)
+
+        return look
+
+    def _evict_hook(self, layer: int):
+        def evict(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            prompt, method = self.prompt, self.method
+            cache = kwargs.get("past_key_values")
+            received = self.received.pop(layer, None)
+            if prompt is None or cache is None or received is None:
+                return
+            assert isinstance(method, EvictTokens)
+            check_cache(cache, [self.layer_of[layer]])
+            full = cache.layers[self.layer_of[layer]]
+            view = CacheView(
+                layer=layer,
+                keys=full.keys,
+                values=full.values,
+                visual=prompt.visual,
+                valid=prompt.valid,
+                counts=tuple((image, image + text) for image, text in zip(prompt.images, prompt.texts, strict=True)),
+                received=received,
+            )
+            index, valid, keys, values = method.evict(view)
+            pruned = PrunedLayer(prompt.tokens, index.shape[2], valid)
+            pruned.lazy_initialization(keys, values)
+            pruned.keys, pruned.values = keys, values
+            put_layer(cache, self.layer_of[layer], pruned)
+            self.pruning.evicted(layer, index, valid)
+
+        return evict
+
+
+def check_stages(method: DropTokens, depth: int) -> dict[int, float]:
+    """The stages of a method. Raises ValueError for a block that a model does not have."""
+    stages = method.stages(depth)
+    first = 1 if method.reads_attention else 0
+    for layer in stages:
+        if not first <= layer < depth:
+            raise ValueError(
+                f"{method.name}: layer {layer}, expected {first} <= layer < {depth}, the blocks of the language model"
+                + (" (it reads the attention of the block before)" if first else "")
+            )
+    return stages
+
+
+def _last_instruction(valid: Tensor, labels: Tensor | None) -> Tensor:
+    """[B]: the token that predicts the first label, or the last one where there are no labels."""
+    places = torch.arange(valid.shape[1], device=valid.device)
+    last = (places * valid).amax(1)
+    if labels is None:
+        return last
+    labelled = (labels != IGNORED) & valid
+    first = (labelled.int().argmax(1) - 1).clamp(min=0)
+    return torch.where(labelled.any(1), first, last)
+
+
+def _spread(of_images: Tensor, visual: Tensor) -> Tensor:
+    """What belongs to the patches of all images [N, P], at the places of the visual tokens [B, T]."""
+    if of_images.numel() != int(visual.sum()):
+        raise ValueError(
+            f"input_ids: {int(visual.sum())} visual tokens for {of_images.numel()} patches; expected one of each"
+        )
+    return of_images.new_zeros(visual.shape).masked_scatter(visual, of_images)

@@ -1,0 +1,134 @@
+"""Visual tokens merged within a vision tower, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy
+from ..patch import Patches
+from . import attention
+from .method import MergeTokens
+from .record import Pruning
+
+
+@dataclass
+class Images:
+    """A batch of images on its way through the tower."""
+
+    patches: int
+    schedule: list[int]
+    size: Tensor  # [N, T] fp32, patches in each token
+    places: Tensor  # [N, T] where each token was
+    keys: Tensor | None = None  # [N, T, d], of the block that runs
+    states: Tensor | None = None  # [N, T', D], between its attention and its MLP
+    added: Tensor | None = None  # [N, T', D], what its MLP adds
+
+
+class MergingTower:
+    """The hooks on a vision tower's blocks.
+
+    A block adds its MLP's output to a residual that it holds itself. So tokens merge in front of the MLP's norm, the
+    MLP runs on those that are left, and their sum replaces the block's result.
+    """
+
+    def __init__(self, anatomy: Anatomy, method: MergeTokens, pruning: Pruning) -> None:
+        self.method, self.pruning = method, pruning
+        self.tower = anatomy.tower("vision")
+        self.images: Images | None = None
+        for block in self.tower.blocks[: self.tower.depth]:
+            if "head" not in block.sites or block.norm is None:
+                raise ValueError(f"{method.name}: {type(block.module).__name__} is not a block that it knows")
+        if "flash" in str(self.tower.config._attn_implementation):
+            raise ValueError(
+                f"{method.name}: its attention weighs tokens by their size, which flash attention cannot; load the"
+                ' model with attn_implementation="sdpa"'
+            )
+
+    def install(self, patches: Patches) -> None:
+        for layer, block in enumerate(self.tower.blocks[: self.tower.depth]):
+            if layer == 0:
+                patches.pre_hook(block.module, self._begin, with_kwargs=True)
+            attention.weigh(patches, block.sites["head"], self._weight)
+            attention.watch(patches, block.sites["head"], self._note_keys)
+            patches.pre_hook(block.sites["neurons"].skip[0], self._merge_hook(layer))
+            patches.hook(block.sites["neurons"].module, self._hold)
+            # First of all hooks, so that whoever records hidden states sees this one's.
+            patches.hook(block.module, self._sum, prepend=True)
+
+    def _begin(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        images, tokens = hidden.shape[:2]
+        cls = self.tower.paths.cls
+        places = torch.arange(tokens, device=hidden.device)
+        self.images = Images(
+            patches=tokens - cls,
+            schedule=self.method.schedule(tokens - cls, self.tower.depth),
+            size=torch.ones(images, tokens, device=hidden.device),
+            places=places.expand(images, -1),
+        )
+        self.pruning.begin((places >= cls).expand(images, -1))
+
+    def _note_keys(self, query: Tensor, key: Tensor, scale: float) -> None:
+        assert self.images is not None
+        self.images.keys = key.float().mean(1)
+
+    def _weight(self) -> Tensor | None:
+        images = self.images
+        assert images is not None
+        return images.size if images.size.shape[1] < images.patches + self.tower.paths.cls else None
+
+    def _merge_hook(self, layer: int):
+        def merge(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            images = self.images
+            assert images is not None
+            merged = images.schedule[layer]
+            if not merged:
+                return None
+            assert images.keys is not None
+            cls = self.tower.paths.cls
+            images.states, images.size, index = self.method.merge(args[0], images.keys, images.size, merged, cls)
+            images.places = images.places.gather(1, index)
+            self.pruning.dropped(layer + 1, images.places, torch.ones_like(images.places, dtype=torch.bool))
+            return (images.states, *args[1:])
+
+        return merge
+
+    def _hold(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        images = self.images
+        if images is None or images.states is None:
+            return None
+        images.added = output
+        return output.new_zeros(1)
+
+    def _sum(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        images = self.images
+        if images is None or images.states is None:
+            return None
+        assert images.added is not None
+        found = images.states + images.added
+        images.states, images.added = None, None
+        return found
+
+    def spread(self, states: Tensor) -> Tensor:
+        """The merged patches [N, T', D] at their places among all [N, P, D]; zero elsewhere."""
+        images = self.images
+        assert images is not None
+        places = images.places[:, self.tower.paths.cls :] - self.tower.paths.cls
+        if places.shape[1] != states.shape[1]:
+            raise ValueError(
+                f"{self.method.name}: {states.shape[1]} features of an image, {places.shape[1]} patches left; expected"
+                " one of each"
+            )
+        full = states.new_zeros(states.shape[0], images.patches, states.shape[2])
+        return full.scatter(1, places[..., None].expand_as(states), states)
+
+    def kept(self) -> Tensor:
+        """[N, P] fp32: 1 where a patch stands for those merged into it."""
+        images = self.images
+        assert images is not None
+        places = images.places[:, self.tower.paths.cls :] - self.tower.paths.cls
+        return torch.zeros(places.shape[0], images.patches, device=places.device).scatter(1, places, 1.0)

@@ -1,0 +1,142 @@
+"""``with prune_tokens(model, method)``: hooks on, hooks off."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, describe
+from ..patch import Patches
+from .cross import CrossStream
+from .decoder import DecoderStream
+from .features import FeatureTap, before, check_projector
+from .merging import MergingTower
+from .method import POSITIONS, DropTokens, EvictTokens, MergeTokens, TokenMethod, View
+from .record import Pruning
+
+_active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+@contextmanager
+def prune_tokens(model: nn.Module, method: TokenMethod) -> Iterator[Pruning]:
+    """Prune visual tokens in every forward and ``generate`` of ``model`` within the ``with`` block.
+
+    Works on batches, padded on either side, several images a sample, with SDPA, eager or flash attention, with or
+    without a key-value cache; a sample's result does not depend on its batch. Logits and losses keep their shapes.
+    Everything is as before on exit, also after an exception.
+
+    Parameters
+    ----------
+    model : a transformers model
+        One whose family the package knows (`anatomy.FAMILIES`) and that sees images.
+    method : TokenMethod
+        `FastV`, `PyramidDrop`, `VisionZip`, `DivPrune`, `RandomTokens` (the language model computes less from a block
+        on), `PLPHP`, `LookM` (its key-value cache shrinks after the prefill), `ToMe` (the vision tower merges tokens).
+
+    Yields
+    ------
+    Pruning
+        What the last prompt lost.
+
+    Raises
+    ------
+    TypeError
+        A method that is none.
+    ValueError
+        A model without visual tokens, a layer that it does not have, a method that needs a class token or a key-value
+        cache of visual tokens where there is none, a model within another such block. Later, within the block: a batch
+        without an image, without input_ids, a cache that is not dynamic.
+    """
+    if not isinstance(method, TokenMethod):
+        raise TypeError(f"method is a {type(method).__name__}; expected a TokenMethod such as FastV()")
+    anatomy = describe(model)
+    pruning = Pruning()
+    modules = list(model.modules())
+    with _lock:
+        if not _active.isdisjoint(modules):
+            raise ValueError(f"{method.name}: tokens of this model are pruned already; leave the outer `with` first")
+        _active.update(modules)
+    try:
+        with Patches() as patches:
+            _install(patches, anatomy, method, pruning)
+            yield pruning
+    finally:
+        with _lock:
+            _active.difference_update(modules)
+
+
+def _install(patches: Patches, anatomy: Anatomy, method: TokenMethod, pruning: Pruning) -> None:
+    visual = anatomy.family.visual
+    if isinstance(method, MergeTokens):
+        _merge(patches, anatomy, method, pruning)
+        return
+    if visual is None:
+        raise ValueError(
+            f"{method.name}: {type(anatomy.model).__name__} has no language model that reads visual tokens"
+        )
+    if isinstance(method, EvictTokens):
+        if visual.reader:
+            raise ValueError(
+                f"{method.name}: {type(anatomy.model).__name__} keeps no visual tokens in a key-value cache"
+            )
+        DecoderStream(anatomy, method, pruning).install(patches)
+        return
+    assert isinstance(method, DropTokens)
+    if method.positions not in POSITIONS:
+        raise ValueError(f"positions is {method.positions!r}; expected one of {', '.join(POSITIONS)}")
+    if method.reads_features:
+        check_projector(anatomy, method)
+    if visual.reader:
+        CrossStream(anatomy, method, pruning).install(patches)
+        return
+    stream = DecoderStream(anatomy, method, pruning)
+    if method.positions == "renumber" and "mrope_section" in (
+        getattr(stream.tower.config, "rope_parameters", None) or {}
+    ):
+        raise ValueError('positions is "renumber"; expected "keep" for positions of time, height and width')
+    if method.reads_features:
+        tap = FeatureTap(anatomy, method)
+        tap.install(patches)
+
+        def summarise(states: Tensor) -> Tensor:
+            states = tap.summarise(states)
+            stream.summary = tap.kept
+            return states
+
+        before(patches, anatomy, summarise)
+    stream.install(patches)
+
+
+class _Representatives(DropTokens):
+    """Behind a vision tower that merged its tokens: those that stand for others."""
+
+    def stages(self, blocks: int) -> dict[int, float]:
+        return {0: 1.0}
+
+    def score(self, view: View) -> Tensor:
+        assert view.summary is not None
+        return view.summary
+
+
+def _merge(patches: Patches, anatomy: Anatomy, method: MergeTokens, pruning: Pruning) -> None:
+    if "vision" not in anatomy.towers:
+        raise ValueError(f"{method.name}: {type(anatomy.model).__name__} has no vision tower")
+    visual = anatomy.family.visual
+    tower = MergingTower(anatomy, method, pruning)
+    tower.install(patches)
+    if visual is None or visual.reader:
+        return
+    check_projector(anatomy, method)
+    stream = DecoderStream(anatomy, _Representatives(), Pruning())
+
+    def spread(states: Tensor) -> Tensor:
+        stream.summary = tower.kept()
+        return tower.spread(states)
+
+    before(patches, anatomy, spread)
+    stream.install(patches)
