@@ -589,6 +589,7 @@ class TextConfig(Protocol):
 
     vocab_size: int
     pad_token_id: int
+    eos_token_id: int
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .methods.ecoflap import ECoFLaP
     from .methods.structured import Structured
     from .models import Loaded
+    from .tokens import TokenMethod
 
 # ---- parsed and checked as they are read ----------------------------------------------------------------------------
 
@@ -42,14 +43,19 @@ def _kinds(text: str) -> tuple[str, ...]:
         return check_kinds(_names(text))
 
 
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        shares = tuple(float(share) for share in _names(text))
-    except ValueError:
-        shares = ()
-    if not shares:
-        raise UsageError(f"--sparsity: {text!r}, expected shares separated by commas, such as 0.5 or 0.5,0.6")
-    return shares
+def _shares(option: str) -> Callable[[str], tuple[float, ...]]:
+    """What reads the shares that an option gives."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            shares = tuple(float(share) for share in _names(text))
+        except ValueError:
+            shares = ()
+        if not shares:
+            raise UsageError(f"{option}: {text!r}, expected shares separated by commas, such as 0.5 or 0.5,0.25")
+        return shares
+
+    return read
 
 
 def new_file(path: Path | None) -> Path | None:
@@ -122,11 +128,20 @@ Batch = Annotated[int, typer.Option(min=1, help="Samples run at once.")]
 Sparsity = Annotated[
     Any,
     typer.Option(
-        parser=_shares,
+        parser=_shares("--sparsity"),
         metavar="SHARES",
         help="ecoflap and its like: share of weights zeroed; of several, the first is kept, the others compared.",
         show_default="0.5",
         rich_help_panel=FIELDS,
+    ),
+]
+Keep = Annotated[
+    Any,
+    typer.Option(
+        parser=_shares("--keep"),
+        metavar="SHARES",
+        help="The method's 'keep': share of the visual tokens, from the highest to the lowest.",
+        show_default="0.5,0.25,0.11",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
@@ -171,6 +186,53 @@ def read_data(
     return data
 
 
+def open_image(path: Path) -> Any:
+    """A picture. Raises UsageError for a file that is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError):
+        raise UsageError(f"{path}: not a picture that can be read") from None
+
+
+def _read_settings(settings: Sequence[str], known: set[str], whose: str) -> dict[str, Any]:
+    """FIELD=VALUE, the value in JSON or as it stands."""
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in known:
+            listed = ", ".join(sorted(known))
+            raise UsageError(f"--set: {setting!r}, expected FIELD=VALUE, a field of {whose}: {listed}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        given[key] = tuple(value) if isinstance(value, list) else value
+    return given
+
+
+def token_methods(
+    names: Sequence[str], keeps: Sequence[float], settings: Sequence[str]
+) -> dict[str, list[TokenMethod]]:
+    """The methods of token pruning of these names, each with every share that is to be kept."""
+    from .methods import TOKENS
+
+    for name in names:
+        one_of("--method", name, TOKENS)
+    classes: dict[str, Any] = {name: TOKENS[name] for name in names}
+    fields = {name: {f.name for f in dataclasses.fields(classes[name])} for name in names}
+    given = _read_settings(settings, set().union(*fields.values()) - {"keep"}, ", ".join(names))
+    with usage():
+        return {
+            method.__name__: [
+                method(keep=keep, **{key: given[key] for key in fields[name] & given.keys()}) for keep in keeps
+            ]
+            for name, method in classes.items()
+        }
+
+
 def chosen_methods(
     context: typer.Context, names: Sequence[str], settings: Sequence[str]
 ) -> dict[str, Structured | ECoFLaP]:
@@ -190,15 +252,7 @@ def chosen_methods(
     for option in context.command.params:
         if option.name in given and option.name not in known and getattr(option, "rich_help_panel", None) == FIELDS:
             raise UsageError(f"{option.opts[0]}: not a field of {whose}")
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or key not in known:
-            listed = ", ".join(sorted(known))
-            raise UsageError(f"--set: {setting!r}, expected FIELD=VALUE, a field of {whose}: {listed}")
-        try:
-            given[key] = json.loads(text)
-        except json.JSONDecodeError:
-            given[key] = text
+    given |= _read_settings(settings, known, whose)
     sparsities = given.pop("sparsity", None) or (None,)
     chosen = {}
     with usage():

@@ -25,6 +25,7 @@ from .arguments import (
     Dtype,
     Group,
     Json,
+    Keep,
     Limit,
     Metric,
     Model,
@@ -39,8 +40,10 @@ from .arguments import (
     new_file,
     new_folder,
     one_of,
+    open_image,
     read_data,
     read_model,
+    token_methods,
 )
 from .terminal import Commands, UsageError, before_after, note, quiet, show, show_json, table, working
 
@@ -360,6 +363,130 @@ def evaluate(
     for key, value in numbers.items():
         shown.add_row(NAMES.get(key, key.replace("_", " ")), metric(key, value))
     show("", shown)
+
+
+@app.command(
+    epilog=_example("vlprune tokens llava-digits --method fastv --method random --out kept.png --report tokens.html")
+)
+def tokens(
+    model: Model,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="fastv, pyramiddrop, visionzip, tome, divprune, plphp, lookm or random; repeatable.",
+            show_default="fastv",
+        ),
+    ] = None,
+    keep: Keep = (0.5, 0.25, 0.11),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of the method, for instance layer=1; repeatable."),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture; with --question. By default a scene of digits.", show_default=False),
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask about it.", show_default=False)] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the answer at most.")] = 32,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="For the report: 'digits-questions' or a JSONL, to judge the methods on.",
+            show_default="digits-questions, if it is about digits",
+        ),
+    ] = None,
+    split: Split = "test",
+    limit: Limit = 500,
+    metric: Metric = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=new_file, help="Write the picture and what each method keeps (PNG).", show_default=False),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(callback=new_file, help="Write an HTML report: accuracy against tokens.", show_default=False),
+    ] = None,
+    seed: Seed = 0,
+    batch_size: Batch = 64,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a question with fewer visual tokens: what stays, what it takes, and how often answers are right."""
+    quiet()
+    from .data.digits import DIGITS_QUESTIONS, read_digits
+    from .token_figures import kept_squares
+    from .token_report import answers, cells, data_facts, write_token_report
+    from .token_trials import ask, default_metric, judge, run_trial, seen_picture, squares
+
+    if (image is None) != (question is None):
+        raise UsageError("--image and --question: one without the other")
+    if image is not None and not image.is_file():
+        raise UsageError(f"--image: {image}, no such file")
+    ways = token_methods(methods or ["fastv"], keep, settings or [])
+    loaded = read_model(model, device, dtype)
+    if image is None:
+        record = read_digits(DIGITS_QUESTIONS, "test", 1, seed)[0][0]
+        shown, question, data = record.open(), record.question, data or DIGITS_QUESTIONS
+    else:
+        shown = open_image(image)
+    assert question is not None
+    inputs = ask(loaded.processor, shown, question, loaded.model)
+    trials = {}
+    with working("answering"):
+        trials["all tokens"] = run_trial(loaded.model, loaded.processor, inputs, None, length=length)
+        for name, (way, *_) in ways.items():
+            trials[name] = run_trial(loaded.model, loaded.processor, inputs, way, length=length)
+    kept = {name: squares(trial.kept, inputs, loaded.model) for name, trial in trials.items() if trial.kept is not None}
+    picture = seen_picture(shown, inputs, loaded.processor)
+    if out is not None:
+        kept_squares(picture, kept, answers(trials)).savefig(out)
+    content: dict[str, Any] = {"question": question}
+    content["trials"] = {
+        name: {"answer": t.answer, "seconds": t.seconds, "cache": t.cache, "peak": t.peak, "share": t.share}
+        for name, t in trials.items()
+    }
+    judged = None
+    if report is not None:
+        dense, measured = None, None
+        chosen = metric or default_metric(loaded.model)
+        if data is not None:
+            judged = read_data(loaded, data, split, limit, seed)
+            with working("judging") as progress:
+                dense, measured = judge(loaded.model, judged, ways, chosen, batch_size=batch_size, progress=progress)
+            content |= {"data": data_facts(judged), "metric": chosen, "dense": dense}
+            content["judged"] = {
+                name: [{"keep": one.method.keep, "share": one.share, chosen: one.quality} for one in several]
+                for name, several in measured.items()
+            }
+        write_token_report(
+            report,
+            title=f"{Path(model).name}, fewer visual tokens",
+            question=question,
+            trials=trials,
+            picture=picture,
+            squares=kept,
+            quality=chosen,
+            dense=dense,
+            judged=measured,
+            data=judged,
+        )
+    if json:
+        show_json({**content, "out": out, "report": report})
+        return
+    titles = ["answer", "visual tokens", "time", "key-value cache", "peak memory"]
+    rows = {name: cells(trial) for name, trial in trials.items()}
+    listing = table("method", *titles[: len(rows["all tokens"])], title=f"{question}  (keep {keep[0]:g})")
+    for name, row in rows.items():
+        listing.add_row(name, *row)
+    show("", listing, "")
+    for name, path in (("picture", out), ("report", report)):
+        if path is not None:
+            show(f"{name:7s} {path}")
 
 
 @app.command("plan-cost", epilog=_example("vlprune plan-cost clip-digits --modules head,neurons --steps 6"))

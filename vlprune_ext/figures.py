@@ -53,7 +53,7 @@ _STYLE = {
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
     from matplotlib import style
 
     with style.context(["default", _STYLE]):
@@ -143,11 +143,11 @@ def _square(x):
     return x * np.abs(x)
 
 
-def _per_cent(share: float, _: Any = None) -> str:
+def per_cent(share: float, _: Any = None) -> str:
     return f"{100 * share:g}%"
 
 
-def _figure(title: str, height: float) -> Figure:
+def new_figure(title: str, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure((8.5, height), layout="constrained")
@@ -167,7 +167,7 @@ def svg(figure: Figure) -> str:
     """A chart as an <svg> element: the same text on every run, no background, ids that no other chart has."""
     text = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with _style():
+    with styled():
         figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
     element = text.getvalue()[text.getvalue().index("<svg") :]
     own = f"c{zlib.crc32(element.encode()):08x}-"
@@ -175,7 +175,7 @@ def svg(figure: Figure) -> str:
     return element.replace("<svg", f'<svg role="img" aria-label="{escape(figure.get_suptitle())}"', 1)
 
 
-@_style()
+@styled()
 def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> Figure:
     """Importance by layer (down) and head, group or matrix (across), a panel a tower; what ``plan`` removes is hatched.
 
@@ -198,7 +198,7 @@ def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") ->
     height = 0.14 + 0.06 * written + 0.1 * (written and bool(scores.error[rows].isfinite().any()))
     heights = [height * layers + 0.6 for layers in towers.values()]
 
-    figure = _figure(f"Importance of {KINDS[kind]}", sum(heights) + 0.8)
+    figure = new_figure(f"Importance of {KINDS[kind]}", sum(heights) + 0.8)
     panels = figure.subplots(len(towers), height_ratios=heights, squeeze=False)
     for axes, (tower, layers) in zip(panels.flat, towers.items(), strict=True):
         where = scores.where(tower, kind)
@@ -232,7 +232,7 @@ def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") ->
     return figure
 
 
-@_style()
+@styled()
 def ranking(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> Figure:
     """Modules from least to most important with standard errors; removed ones hatched, a line at the cut."""
     order = scores.ranking(kind=kind)
@@ -242,7 +242,7 @@ def ranking(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> 
     error = np.nan_to_num(scores.error[order].numpy(), posinf=0.0)
     share = np.array(removed_shares(scores, plan))[order]
 
-    figure = _figure(f"{len(order):,} {KINDS[kind]}, least to most important", 3)
+    figure = new_figure(f"{len(order):,} {KINDS[kind]}, least to most important", 3)
     axes = figure.subplots()
     axes.use_sticky_edges = False
     axes.set_rasterization_zorder(2 if len(order) > 500 else None)  # a picture is smaller than so many steps
@@ -267,11 +267,11 @@ def ranking(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> 
     return figure
 
 
-@_style()
+@styled()
 def cut(plan: Plan) -> Figure:
     """Units kept in every block, a row of panels a tower; removed ones are hatched."""
     kinds = [kind for kind in UNITS if any(block.get(kind) for blocks in plan.shape.values() for block in blocks)]
-    figure = _figure("Units kept in every block", 1.7 * len(plan.shape) + 0.4)
+    figure = new_figure("Units kept in every block", 1.7 * len(plan.shape) + 0.4)
     panels = figure.subplots(len(plan.shape), len(kinds), squeeze=False)
     for row, (tower, blocks) in zip(panels, plan.shape.items(), strict=True):
         for axes, kind in zip(row, kinds, strict=True):
@@ -290,7 +290,7 @@ def cut(plan: Plan) -> Figure:
     return figure
 
 
-@_style()
+@styled()
 def sparsity(plan: Plan) -> Figure:
     """How much of every matrix is zero, by layer (across) and matrix (down), a panel a tower.
 
@@ -318,7 +318,7 @@ def sparsity(plan: Plan) -> Figure:
     least = min(math.floor(10 * min(plan.sparsity.values()) + 1e-6) / 10, most - 0.1)
     greys = LinearSegmentedColormap.from_list("zeros", ["#f3f5f7", "#7f8a96"])
 
-    figure = _figure("Share of every matrix that is zero", sum(heights) + 0.8)
+    figure = new_figure("Share of every matrix that is zero", sum(heights) + 0.8)
     panels = figure.subplots(len(tables), height_ratios=heights, squeeze=False)
     for axes, (prefix, (labels, shares)) in zip(panels.flat, tables.items(), strict=True):
         image = axes.imshow(shares, cmap=greys, vmin=least, vmax=most, aspect="auto", interpolation="none")
@@ -327,11 +327,11 @@ def sparsity(plan: Plan) -> Figure:
         axes.set(title=prefix, xlabel="layer")
         axes.locator_params(axis="x", integer=True)
         axes.set_yticks(range(len(labels)), labels)
-    figure.colorbar(image, ax=panels, label="share that is zero", format=_per_cent, **_BAR)
+    figure.colorbar(image, ax=panels, label="share that is zero", format=per_cent, **_BAR)
     return figure
 
 
-@_style()
+@styled()
 def quality_against_sparsity(rows: Sequence[tuple[str, float, float]], quality: str = "quality") -> Figure:
     """Quality by the share of parameters that are zero or gone: (name, share, quality) of each model, dense first.
 
@@ -343,18 +343,36 @@ def quality_against_sparsity(rows: Sequence[tuple[str, float, float]], quality: 
         common = re.sub(r"[\s,(]+(0?\.\d+|\d+\s?%)\)?$", "", row[0])
         series.setdefault(common, []).append(row)
 
-    figure = _figure(f"{quality} against sparsity", 3.2)
+    figure = new_figure(f"{quality} against sparsity", 3.2)
     axes = figure.subplots()
-    drawn = [axes.axhline(level, color=_INK, linewidth=1, linestyle="--", label=dense)]
-    for n, (common, members) in enumerate(series.items()):
-        again, n = divmod(n, len(_MARKERS))
-        _, x, y = zip(*sorted(members, key=lambda row: row[1]), strict=True)
-        look: dict[str, Any] = {"color": _COLOURS[n], "marker": _MARKERS[n], "fillstyle": "none" if again else "full"}
-        look |= {"linestyle": "-", "label": common} if len(x) > 1 else {"linestyle": "", "label": members[0][0]}
-        drawn += axes.plot(x, y, zorder=3 - n / 100, **look)  # the first above the others
+    trade_off(
+        figure,
+        axes,
+        (dense, level),
+        {name: ([(share, value) for _, share, value in members], members[0][0]) for name, members in series.items()},
+    )
     axes.set(xlabel="share of parameters that are zero or gone", ylabel=quality)
-    axes.xaxis.set_major_formatter(_per_cent)
+    return figure
+
+
+def trade_off(
+    figure: Figure,
+    axes: Any,
+    dense: tuple[str, float],
+    series: Mapping[str, tuple[Sequence[tuple[float, float]], str]],
+) -> None:
+    """A line for each method and a dashed one for the dense model (its name, its level); across: a share.
+
+    series     name -> points (share, quality), and what the line is called where there is one point only
+    """
+    drawn = [axes.axhline(dense[1], color=_INK, linewidth=1, linestyle="--", label=dense[0])]
+    for n, (common, (points, alone)) in enumerate(series.items()):
+        again, n = divmod(n, len(_MARKERS))
+        x, y = zip(*sorted(points), strict=True)
+        look: dict[str, Any] = {"color": _COLOURS[n], "marker": _MARKERS[n], "fillstyle": "none" if again else "full"}
+        look |= {"linestyle": "-", "label": common} if len(x) > 1 else {"linestyle": "", "label": alone}
+        drawn += axes.plot(x, y, zorder=3 - n / 100, **look)  # the first above the others
+    axes.xaxis.set_major_formatter(per_cent)
     axes.grid()
     drawn.sort(key=lambda line: float(np.asarray(line.get_ydata())[-1]), reverse=True)  # as they end, downwards
     figure.legend(handles=drawn, loc="outside right upper", frameon=False)
-    return figure

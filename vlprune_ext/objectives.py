@@ -441,6 +441,53 @@ class ExactMatch(LMLoss):
             return {"exact_match": self.run(anatomy, tower, data, batch_size).double().mean().item()}
 
 
+@dataclass
+class Generated(ExactMatch):
+    """1 where ``generate`` (greedy, with a key-value cache) gives every labelled token of a sample, else 0.
+
+    What `ExactMatch` is, told from the labels in one forward, if nothing happens to the cache.
+    """
+
+    name: str = field(default="generated", init=False)
+
+    def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
+        if anatomy.family.needs_decoder_ids:
+            raise ValueError(
+                f"objective: {self.name!r} is for models that answer behind their prompt; for"
+                f" {type(anatomy.model).__name__}, expected 'exact_match'"
+            )
+        return super().towers(anatomy)
+
+    def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
+        """[B]: whether each sample's answer is its labels."""
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        labelled = labels != IGNORED
+        first, count = labelled.int().argmax(1, keepdim=True), labelled.sum(1, keepdim=True)
+        # Prompts end side by side.
+        place = first - int(first.max()) + torch.arange(int(first.max()), device=ids.device)
+        prompt = {
+            name: value.gather(1, place.clamp(min=0)) if value.shape == ids.shape else value
+            for name, value in inputs.items()
+            if name != "labels"
+        }
+        prompt["attention_mask"] = prompt.get("attention_mask", torch.ones_like(place)) * (place >= 0)
+        longest = int(count.max())
+        model: Any = anatomy.model
+        eos = anatomy.text_config.eos_token_id
+        found = model.generate(
+            **prompt, max_new_tokens=longest, do_sample=False, eos_token_id=eos, pad_token_id=self._pad(anatomy)
+        )[:, place.shape[1] :]
+        found = F.pad(found, (0, longest - found.shape[1]), value=IGNORED)
+        step = torch.arange(longest, device=ids.device)
+        wanted = labels.gather(1, (first + step).clamp(max=ids.shape[1] - 1))
+        return ((found == wanted) | (step >= count)).all(1).float()
+
+    @staticmethod
+    def _pad(anatomy: Anatomy) -> int:
+        config = anatomy.text_config
+        return config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+
+
 def _final_states(anatomy: Anatomy, head: nn.Module, inputs: Inputs) -> Tensor:
     """[B, T, D]: what enters the language-model head, which itself does not run over all positions."""
     seen: list[Tensor] = []
@@ -476,6 +523,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "zero_shot": ZeroShot,
     "lm_loss": LMLoss,
     "exact_match": ExactMatch,
+    "generated": Generated,
 }
 
 

@@ -46,15 +46,13 @@ def write_report(
 
 def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: str | None = None) -> str:
     """The HTML of `write_report`."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vlprune_ext"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
     scores: Scores | None = result.scores
     plan = applied_plan(result)
     table = comparison_table(result, comparisons)
     if table:
         table["note"] = _table_note(result, table["keys"])
-    return environment.get_template("report.html.j2").render(
+    return fill(
+        "report.html.j2",
         title=title or f"Pruning by {method_name(result)}",
         lede=_lede(result, plan),
         table=table,
@@ -67,8 +65,15 @@ def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: 
         errors=scores is not None and _has_errors(scores),
         indistinguishable=indistinguishable(scores) if scores is not None else "",
         facts=_facts(result),
-        version=__version__,
     )
+
+
+def fill(template: str, **content: Any) -> str:
+    """A page from a template and what stands in it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vlprune_ext"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(version=__version__, **content)
 
 
 def _lede(result: Any, plan: Plan) -> str:
@@ -218,26 +223,27 @@ def _facts(result: Any) -> list[tuple[str, list[tuple[str, str]]]]:
         runs = [(f"{what} scored", f"{len(result.scores):,}"), (f"samples per {one}", samples)]
         if result.scores.block_runs:
             runs.append(("block runs", f"{result.scores.block_runs:,}"))
-    about = environment()
-    versions = [
-        (key.replace("_", " "), _plain(about[key]))
-        for key in ("vlprune_ext", "torch", "transformers", "python", "machine", "threads", "isa", "gpus")
-        if about[key]
-    ]
     return [
-        ("Method", [(key, _plain(value)) for key, value in method.items()]),
-        ("Data", [(key, _plain(value)) for key, value in data.items()] + runs),
-        ("Versions", versions),
+        ("Method", [(key, plain(value)) for key, value in method.items()]),
+        ("Data", [(key, plain(value)) for key, value in data.items()] + runs),
+        ("Versions", versions()),
     ]
 
 
-def _plain(value: Any) -> str:
+def versions() -> list[tuple[str, str]]:
+    """What a page was made with."""
+    about = environment()
+    shown = ("vlprune_ext", "torch", "transformers", "python", "machine", "threads", "isa", "gpus")
+    return [(key.replace("_", " "), plain(about[key])) for key in shown if about[key]]
+
+
+def plain(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(plain, value))
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(v)}" for key, v in value.items())
+        return ", ".join(f"{key} {plain(v)}" for key, v in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -25,6 +25,7 @@ class CrossStream:
         assert visual is not None
         self.method, self.pruning = method, pruning
         self.tower = anatomy.tower(visual.tower)
+        pruning.tower, pruning.blocks = self.tower.name, len(self.tower)
         self.reader = anatomy.model.get_submodule(visual.reader)
         self.cls = anatomy.tower("vision").paths.cls
         self.stages = check_stages(method, len(self.tower))
@@ -106,7 +107,7 @@ class CrossStream:
         index, _ = choose(score.float(), ~visual, [keep + self.cls] * batch)
         places = torch.arange(tokens, device=index.device)[None] if self.index is None else self.index
         self.states, self.index = ops.compact_tokens(index, [self.states, places])
-        self.pruning.dropped(layer, self.index, torch.ones_like(self.index, dtype=torch.bool))
+        self.pruning.note(layer, self.index, torch.ones_like(self.index, dtype=torch.bool))
 
     def _watcher(self, layer: int):
         def look(query: Tensor, key: Tensor, scale: float) -> None:

@@ -47,6 +47,7 @@ class DecoderStream:
         self.anatomy, self.method, self.pruning = anatomy, method, pruning
         self.paths = visual
         self.tower = anatomy.tower(visual.tower)
+        pruning.tower, pruning.blocks = self.tower.name, len(self.tower)
         self.sites = [block.sites["head"] for block in self.tower.blocks]
         self.layer_of = [site.attention.layer_idx for site in self.sites]
         depth = len(self.tower)
@@ -193,7 +194,7 @@ class DecoderStream:
         self._embeddings = (cos, sin)
         if method.positions == "renumber":
             self._embeddings = self._rotary(hidden, (still_valid.cumsum(1) - 1).clamp(min=0))
-        self.pruning.dropped(layer, places, still_valid)
+        self.pruning.note(layer, places, still_valid)
         return hidden
 
     def _rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,7 +284,7 @@ class DecoderStream:
             pruned.lazy_initialization(keys, values)
             pruned.keys, pruned.values = keys, values
             put_layer(cache, self.layer_of[layer], pruned)
-            self.pruning.evicted(layer, index, valid)
+            self.pruning.note_cache(layer, index, valid)
 
         return evict
 

@@ -38,6 +38,7 @@ class MergingTower:
     def __init__(self, anatomy: Anatomy, method: MergeTokens, pruning: Pruning) -> None:
         self.method, self.pruning = method, pruning
         self.tower = anatomy.tower("vision")
+        pruning.tower, pruning.blocks = self.tower.name, self.tower.depth
         self.images: Images | None = None
         for block in self.tower.blocks[: self.tower.depth]:
             if "head" not in block.sites or block.norm is None:
@@ -92,7 +93,7 @@ class MergingTower:
             cls = self.tower.paths.cls
             images.states, images.size, index = self.method.merge(args[0], images.keys, images.size, merged, cls)
             images.places = images.places.gather(1, index)
-            self.pruning.dropped(layer + 1, images.places, torch.ones_like(images.places, dtype=torch.bool))
+            self.pruning.note(layer + 1, images.places, torch.ones_like(images.places, dtype=torch.bool))
             return (images.states, *args[1:])
 
         return merge

@@ -109,6 +109,8 @@ def choose(score: Tensor, protected: Tensor, counts: list[int]) -> tuple[Tensor,
 class TokenMethod:
     """A method of token pruning: a frozen dataclass whose fields are its hyper-parameters."""
 
+    keep: float  # the share that the method is told to keep, of what is its own business
+
     @property
     def name(self) -> str:
         return type(self).__name__
