@@ -185,6 +185,46 @@ def test_select_tokens(tokens, device, compare):
     )
 
 
+# ---- diverse_tokens -------------------------------------------------------------------------------------------------
+
+VISUAL = {"LLaVA-1.5-7B": (576, 4096, (64, 144)), "LLaVA-NeXT-7B": (2880, 4096, (320,))}  # T, d, keep
+
+
+def greedy_in_torch(x, keep):
+    """[T, d]: as the public code of DivPrune does it, a few torch ops for each token that is kept."""
+    unit = x / x.norm(dim=1, keepdim=True)
+    distance = 1.0 - unit @ unit.T
+    chosen = torch.empty(keep, dtype=torch.long, device=x.device)
+    for i in range(keep):
+        if i == 0:
+            least = distance.topk(2, dim=0, largest=False).values[1]
+        else:
+            least = distance.index_select(0, chosen[:i]).amin(0)
+        chosen[i] = least.argmax()
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("name", "keep"), [(name, keep) for name, (_, _, keeps) in VISUAL.items() for keep in keeps])
+def test_diverse_tokens(name, keep, dtype, device, compare):
+    skip_what_torch_takes_minutes_for(dtype, device)
+    tokens, d, _ = VISUAL[name]
+    x = (torch.randint(0, 2, (1, tokens, d), device=device) * 2 - 1).to(dtype)  # cosines are exact in fp32
+    if dtype == torch.float32:
+        assert ops.diverse_tokens(x, keep)[0].nonzero()[:, 0].equal(greedy_in_torch(x[0], keep).sort().values)
+    compare(
+        "diverse_tokens",
+        f"{name}: T={tokens} d={d} keep={keep}",
+        lambda: ops.diverse_tokens(x, keep),
+        lambda: greedy_in_torch(x[0], keep),
+        baseline_name="cosines, a greedy loop in Python",
+        dtype=dtype,
+        flops=tokens**2 * d,  # half of all products: the others are the same
+        moved=bytes_of(x) + 4 * tokens**2,
+        rounds=15 if device.type == "cuda" else 5,
+    )
+
+
 # ---- compact_tokens -------------------------------------------------------------------------------------------------
 
 TOKENS, KEEP = 640, 208

@@ -206,6 +206,28 @@ void select_tokens(std::uintptr_t score, std::uintptr_t protect, std::uintptr_t 
   launch<Launch>(args, where);
 }
 
+template <auto Launch, typename Where>
+void diverse_tokens(std::uintptr_t x, std::uintptr_t candidate, std::uintptr_t keep_of_sample, std::uintptr_t kept,
+                    std::uintptr_t gram, std::uintptr_t scale, std::uintptr_t closest, int64_t batch, int64_t tokens,
+                    int64_t d, int64_t keep, int64_t batch_stride, int64_t token_stride, int dtype, Where where) {
+  vlprune::DiverseTokens args{};
+  args.x = pointer<const void>(x);
+  args.candidate = pointer<const uint8_t>(candidate);
+  args.keep_of_sample = pointer<const int64_t>(keep_of_sample);
+  args.kept = pointer<uint8_t>(kept);
+  args.gram = pointer<float>(gram);
+  args.scale = pointer<float>(scale);
+  args.closest = pointer<float>(closest);
+  args.batch = batch;
+  args.tokens = tokens;
+  args.d = d;
+  args.keep = keep;
+  args.batch_stride = batch_stride;
+  args.token_stride = token_stride;
+  args.dtype = static_cast<DType>(dtype);
+  launch<Launch>(args, where);
+}
+
 // (in, out, outer, inner, run, batch_stride, outer_stride, token_stride, inner_stride), as _native.py's _token_tensor()
 // gives them.
 using TokenTuple =
@@ -297,6 +319,7 @@ void merge_tokens(std::uintptr_t index, std::uintptr_t match, std::uintptr_t siz
   module.def("perturb", &perturb<&vlprune::where::perturb, Where>);                                        \
   module.def("attention_importance", &attention_importance<&vlprune::where::attention_importance, Where>); \
   module.def("select_tokens", &select_tokens<&vlprune::where::select_tokens, Where>);                      \
+  module.def("diverse_tokens", &diverse_tokens<&vlprune::where::diverse_tokens, Where>);                   \
   module.def("compact_tokens", &compact_tokens<&vlprune::where::compact_tokens, Where>);                   \
   module.def("match_tokens", &match_tokens<&vlprune::where::match_tokens, Where>);                         \
   module.def("merge_tokens", &merge_tokens<&vlprune::where::merge_tokens, Where>)

@@ -146,6 +146,26 @@ struct SelectTokens {
   DType dtype;  // of score
 };
 
+// kept[b, :] = 1 for the tokens that sample b keeps, 0 for the rest. The first one kept is the candidate whose greatest
+// similarity to another candidate is least; each next one is the candidate whose greatest similarity to those kept so
+// far is least; ties go to the lower position. A candidate without a direction (a NaN in it, or a sum of squares of
+// 2^126 or more) is similar to none and comes after all others. similarity(i, j) = <x_i, x_j> / (|x_i| |x_j|) in fp32,
+// 0 where either's squares sum to less than 2^-126; the order of sums depends on d only, and both ways round have the
+// same bits.
+struct DiverseTokens {
+  const void* x;                  // [B, T, d], `batch_stride` and `token_stride`, last dimension contiguous
+  const uint8_t* candidate;       // [B, T] of 0 or 1, contiguous; null: all 1
+  const int64_t* keep_of_sample;  // [B]: how many, all candidates where they are fewer, none below 0; or null
+  uint8_t* kept;                  // [B, T]
+  float* gram;                    // [B, T, T] scratch
+  float* scale;                   // [B, T] scratch
+  float* closest;                 // [B, T] scratch
+  int64_t batch, tokens, d;       // B, T, d >= 1
+  int64_t keep;                   // of every sample where keep_of_sample is null
+  int64_t batch_stride, token_stride;
+  DType dtype;  // of x
+};
+
 // One tensor of compact_tokens, as runs of `run` bytes: in [B or 1, outer, T, inner, run], out [B, outer, K, inner,
 // run], contiguous. Strides are in bytes.
 struct TokenTensor {
@@ -215,6 +235,7 @@ struct MergeTokens {
   void perturb(const Perturb& args, where);                          \
   void attention_importance(const AttentionImportance& args, where); \
   void select_tokens(const SelectTokens& args, where);               \
+  void diverse_tokens(const DiverseTokens& args, where);             \
   void compact_tokens(const CompactTokens& args, where);             \
   void match_tokens(const MatchTokens& args, where);                 \
   void merge_tokens(const MergeTokens& args, where);

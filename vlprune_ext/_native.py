@@ -240,6 +240,36 @@ def select_tokens(score: Tensor, protected: Tensor | None, index: Tensor) -> Non
     )
 
 
+def diverse_tokens(
+    x: Tensor,
+    keep: int,
+    keep_of_sample: Tensor | None,
+    candidate: Tensor | None,
+    gram: Tensor,
+    scale: Tensor,
+    closest: Tensor,
+    kept: Tensor,
+) -> None:
+    if kept.numel() == 0:
+        return
+    _launch(
+        "diverse_tokens",
+        x.device,
+        x.data_ptr(),
+        _address(candidate),
+        _address(keep_of_sample),
+        kept.data_ptr(),
+        gram.data_ptr(),
+        scale.data_ptr(),
+        closest.data_ptr(),
+        *x.shape,
+        keep,
+        x.stride(0),
+        x.stride(1),
+        DTYPES[x.dtype],
+    )
+
+
 def compact_tokens(
     index: Tensor, tensors: Sequence[Tensor], out: Sequence[Tensor], dims: Sequence[int], tokens: int
 ) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "attention_importance",
     "column_norm_sq_",
     "compact_tokens",
+    "diverse_tokens",
     "leave_one_out",
     "match_tokens",
     "merge_tokens",
@@ -201,6 +202,31 @@ def select_tokens(
     for later in (nan,) if protected is None else (nan, ~protected):
         order = order.gather(1, later.gather(1, order).to(torch.uint8).sort(dim=1, stable=True).indices)
     return order[:, :keep].sort(dim=1).values
+
+
+def diverse_tokens(
+    x: Tensor,  # [B, T, d]
+    keep: int | Tensor,  # or [B] int64
+    *,
+    candidate: Tensor | None = None,  # [B, T] bool
+) -> Tensor:  # [B, T] bool
+    """Max-min selection by cosine, one token at a time; see :func:`vlprune_ext.ops.diverse_tokens`."""
+    samples, tokens, _ = x.shape
+    kept = torch.zeros(samples, tokens, dtype=torch.bool, device=x.device)
+    candidate = torch.ones_like(kept) if candidate is None else candidate
+    for b, count in enumerate(torch.as_tensor(keep).expand(samples).tolist()):
+        norm = x[b].norm(dim=-1, keepdim=True)
+        unit = x[b] / norm.where(norm > 0, 1)
+        comparable = candidate[b] & norm[:, 0].isfinite()
+        similarity = unit @ unit.T
+        others = comparable.repeat(tokens, 1).fill_diagonal_(False)
+        for _ in range(min(count, int(candidate[b].sum()))):
+            closest = similarity.masked_fill(~others, -torch.inf).amax(1)
+            closest = closest.masked_fill(~comparable, torch.inf)  # behind all that have a direction
+            left = (candidate[b] & ~kept[b]).nonzero()[:, 0]
+            kept[b, left[closest[left].argmin()]] = True
+            others = (comparable & kept[b]).repeat(tokens, 1)  # from now on those kept, only
+    return kept
 
 
 def compact_tokens(

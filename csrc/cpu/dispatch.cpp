@@ -100,6 +100,7 @@ void attention_importance(const AttentionImportance& args, int threads) {
   VLPRUNE_FORWARD(attention_importance, args, threads);
 }
 void select_tokens(const SelectTokens& args, int threads) { VLPRUNE_FORWARD(select_tokens, args, threads); }
+void diverse_tokens(const DiverseTokens& args, int threads) { VLPRUNE_FORWARD(diverse_tokens, args, threads); }
 void compact_tokens(const CompactTokens& args, int threads) { VLPRUNE_FORWARD(compact_tokens, args, threads); }
 void match_tokens(const MatchTokens& args, int threads) { VLPRUNE_FORWARD(match_tokens, args, threads); }
 void merge_tokens(const MergeTokens& args, int threads) { VLPRUNE_FORWARD(merge_tokens, args, threads); }

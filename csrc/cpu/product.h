@@ -1,5 +1,5 @@
 // The product of rows and columns that several ops are made of: scores[n, m] = sum_k left[n, k] * right[m, k], handed
-// tile by tile to a visitor and never stored as a whole.
+// tile by tile to a visitor.
 //
 // Blocking follows Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008). A block of `right`
 // is packed into panels of kColumns columns and stays in the L2 cache; one panel of kRows rows of `left` is packed into

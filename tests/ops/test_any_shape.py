@@ -7,6 +7,7 @@ import torch
 from ops import test_attention_importance as attention_importance
 from ops import test_column_norm_sq as column_norm_sq
 from ops import test_compact_tokens as compact_tokens
+from ops import test_diverse_tokens as diverse_tokens
 from ops import test_leave_one_out as leave_one_out
 from ops import test_perturb as perturb
 from ops import test_prune_nm as prune_nm
@@ -199,6 +200,31 @@ def test_select_tokens(batch, tokens, offset, transposed, kind, protect, isa, th
     torch.set_num_threads(threads)
     with _native.force_isa(isa):
         select_tokens.check(score, keep, select_tokens.PROTECT[protect](score.shape, keep), f"{kind} {protect}")
+
+
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
+@hypothesis.given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 60),
+    d=st.integers(1, 70),
+    offset=st.integers(0, 3),
+    candidates=st.booleans(),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_diverse_tokens(batch, tokens, d, offset, candidates, isa, threads, dtype, data):
+    some = torch.cat([torch.full((batch, tokens, offset), torch.nan), diverse_tokens.exact((batch, tokens, d))], 2)
+    x = diverse_tokens.with_zeros_and_copies(some.to(dtype))[..., offset:]
+    keep = data.draw(st.integers(0, tokens) | st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+    torch.set_num_threads(threads)
+    with _native.force_isa(isa):
+        diverse_tokens.check(
+            x,
+            torch.tensor(keep) if isinstance(keep, list) else keep,
+            diverse_tokens.some_candidates(x) if candidates else None,
+        )
 
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)

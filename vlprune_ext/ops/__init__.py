@@ -2,12 +2,20 @@
 
 from .ablation import leave_one_out, retrieval_rank
 from .layerwise import column_norm_sq_, nm_mask, perturb, prune_nm_, prune_smallest_, share_smallest, smallest_mask
-from .token import attention_importance, compact_tokens, match_tokens, merge_tokens, select_tokens
+from .token import (
+    attention_importance,
+    compact_tokens,
+    diverse_tokens,
+    match_tokens,
+    merge_tokens,
+    select_tokens,
+)
 
 __all__ = [
     "attention_importance",
     "column_norm_sq_",
     "compact_tokens",
+    "diverse_tokens",
     "leave_one_out",
     "match_tokens",
     "merge_tokens",

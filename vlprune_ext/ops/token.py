@@ -17,7 +17,14 @@ from torch import Tensor
 from .. import _native
 from .checks import check_tensors, expect_int, expect_tensors, rows, shape
 
-__all__ = ["attention_importance", "compact_tokens", "match_tokens", "merge_tokens", "select_tokens"]
+__all__ = [
+    "attention_importance",
+    "compact_tokens",
+    "diverse_tokens",
+    "match_tokens",
+    "merge_tokens",
+    "select_tokens",
+]
 
 _library = torch.library.Library("vlprune", "FRAGMENT")
 _library.define(
@@ -25,6 +32,7 @@ _library.define(
     " bool causal, Tensor? key_mask, float scale) -> Tensor"
 )
 _library.define("select_tokens(Tensor score, SymInt keep, Tensor? protected=None) -> Tensor")
+_library.define("diverse_tokens(Tensor x, SymInt keep, Tensor? keep_of_sample=None, Tensor? candidate=None) -> Tensor")
 _library.define("compact_tokens(Tensor index, Tensor[] tensors, int[]? dims) -> Tensor[]")
 _library.define("match_tokens(Tensor key, Tensor target, Tensor? source=None) -> (Tensor, Tensor)")
 _library.define(
@@ -37,6 +45,7 @@ _CUDA_KEYS, _CUDA_QUERIES = 128, {"sum": 128, "max": 64}  # of a tile
 _CUDA_BLOCKS = 1024  # of a sample: about four for every place on a large GPU
 _CUDA_STEPS = {"sum": 2, "max": 1}  # of a block at least, so that loads and sums overlap
 _CUDA_DEPTH = 8  # gathered keys are padded to a multiple of it
+_GRAM_BYTES = 256 << 20  # of some samples at a time, or of one that is larger
 _INT32_MAX = 2**31 - 1
 
 
@@ -291,6 +300,117 @@ def select_tokens(score: Tensor, keep: int, protected: Tensor | None = None) -> 
 _library.impl("select_tokens", _select_tokens, "CPU")
 _library.impl("select_tokens", _select_tokens, "CUDA")
 torch.library.register_fake("vlprune::select_tokens", _selected, lib=_library)
+
+
+# ---- diverse_tokens -------------------------------------------------------------------------------------------------
+
+
+def _diverse(
+    x: Tensor,  # [B, T, d]
+    keep: int,
+    keep_of_sample: Tensor | None = None,  # [B], instead of keep
+    candidate: Tensor | None = None,  # [B, T]
+) -> Tensor:  # [B, T] bool, not filled
+    check_tensors(x=x)
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {shape(x)}; expected three dimensions [B, T, d]")
+    if x.shape[2] < 1:
+        raise ValueError(f"x has shape {shape(x)}; expected tokens of at least one number")
+    if keep < 0:
+        raise ValueError(f"keep is {keep}; expected keep >= 0")
+    for name, tensor, dtype, sizes, what in (
+        ("keep", keep_of_sample, torch.int64, x.shape[:1], "the samples of x"),
+        ("candidate", candidate, torch.bool, x.shape[:2], "the tokens of x"),
+    ):
+        if tensor is not None:
+            _check_beside(name, tensor, dtype, [list(sizes)], what, "x", x)
+    return x.new_empty(x.shape[:2], dtype=torch.bool)
+
+
+def _check_keep(keep_of_sample: Tensor) -> None:
+    """On the host, where looking costs next to nothing."""
+    if keep_of_sample.device.type != "cpu" or bool((keep_of_sample >= 0).all()):
+        return
+    sample = int((keep_of_sample < 0).nonzero()[0])
+    raise ValueError(f"keep[{sample}] is {int(keep_of_sample[sample])}; expected keep >= 0")
+
+
+def _diverse_tokens(
+    x: Tensor, keep: int, keep_of_sample: Tensor | None = None, candidate: Tensor | None = None
+) -> Tensor:
+    kept = _diverse(x, keep, keep_of_sample, candidate)
+    if keep_of_sample is not None:
+        _check_keep(keep_of_sample)
+    batch, tokens = kept.shape
+    if kept.numel() == 0:
+        return kept
+    x = rows(x)
+    step = min(batch, max(1, _GRAM_BYTES // (4 * tokens**2)))
+    gram = x.new_empty((step, tokens, tokens), dtype=torch.float32)
+    scale, closest = x.new_empty((2, step, tokens), dtype=torch.float32)
+    for first in range(0, batch, step):
+        some = slice(first, first + step)
+        _native.diverse_tokens(
+            x[some],
+            keep,
+            None if keep_of_sample is None else keep_of_sample[some].contiguous(),
+            None if candidate is None else candidate[some].contiguous(),
+            gram,
+            scale,
+            closest,
+            kept[some],
+        )
+    return kept
+
+
+def diverse_tokens(x: Tensor, keep: int | Tensor, *, candidate: Tensor | None = None) -> Tensor:
+    """The tokens that the greedy max-min choice by cosine distance keeps of each sample (DivPrune, arXiv 2503.02175).
+
+    The first is the candidate whose least distance to another candidate is greatest; each next one is the candidate
+    whose least distance to those kept so far is greatest. Ties go to the lower position. Neither the host nor another
+    stream is waited for, and a CUDA graph may capture it. No gradient.
+
+    Parameters
+    ----------
+    x : [B, T, d], fp32/fp16/bf16
+        What tokens are compared by. Any strides; a last dimension that is not contiguous is copied.
+    keep : int, or [B], int64
+        How many, of every sample or of each; at least 0. A sample with fewer candidates keeps them all. A tensor on a
+        GPU is not looked at by the host: there less than 0 keeps none.
+    candidate : [B, T], bool, optional
+        True for the tokens that may be kept; all by default. No others are compared with.
+
+    Returns
+    -------
+    [B, T], bool
+        True for what is kept. The same bits on every run and thread count, whatever else is in the batch, and wherever
+        tokens that are no candidates lie between.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is not supported.
+    ValueError
+        Shapes or devices that do not fit, a negative keep.
+
+    Notes
+    -----
+    Products and squares are summed in fp32. A token whose squares sum to less than 2**-126 has distance 1 to every
+    other. One with a NaN, or whose squares sum to 2**126 or more, has no direction: it is compared with none and comes
+    after all others, by position. Memory beyond the result is 4 T**2 bytes a sample, for as many samples at a time as
+    256 MB hold.
+    """
+    expect_tensors(x=x)
+    if candidate is not None:
+        expect_tensors(candidate=candidate)
+    if isinstance(keep, Tensor):
+        return torch.ops.vlprune.diverse_tokens(x.detach(), 0, keep, candidate)
+    return torch.ops.vlprune.diverse_tokens(x.detach(), expect_int("keep", keep), None, candidate)
+
+
+_library.impl("diverse_tokens", _diverse_tokens, "CPU")
+_library.impl("diverse_tokens", _diverse_tokens, "CUDA")
+torch.library.register_fake("vlprune::diverse_tokens", _diverse, lib=_library)
 
 
 # ---- compact_tokens -------------------------------------------------------------------------------------------------
