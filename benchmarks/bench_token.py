@@ -287,3 +287,92 @@ def test_compact_tokens(beside, device, compare):
         moved=2 * bytes_of(*kept),
         rounds=25 if device.type == "cuda" else 9,
     )
+
+
+# ---- match_tokens ---------------------------------------------------------------------------------------------------
+
+# name: B, T, d, targets
+MATCHED = {
+    "ToMe, mean of 16 heads' keys": (1, 576, 64, 288),
+    "VisionZip, keys of CLIP ViT-L/14": (1, 576, 1024, 10),
+    "hidden states of CLIP ViT-L/14": (1, 576, 1024, 288),
+    "hidden states of LLaVA-1.5-7B": (1, 576, 4096, 288),
+    "rows of a KV cache": (32, 2048, 128, 1024),
+}
+
+
+def alternating(batch, tokens, count, device):
+    """[B, T] bool: as many, evenly spaced."""
+    target = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
+    target[:, torch.arange(count, device=device) * tokens // count] = True
+    return target
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", MATCHED)
+def test_match_tokens(name, dtype, device, compare):
+    """Beside the product of unit vectors, of targets and sources that lie side by side already, and its maximum."""
+    batch, tokens, d, count = MATCHED[name]
+    if batch > 1:
+        skip_what_torch_takes_minutes_for(dtype, device)
+    key = torch.randn(batch, tokens, d, device=device).to(dtype)
+    target = alternating(batch, tokens, count, device)
+    targets, sources = key[target].view(batch, count, d), key[~target].view(batch, tokens - count, d)
+
+    def product_and_max():
+        unit = torch.nn.functional.normalize(sources, dim=-1)
+        return (unit @ torch.nn.functional.normalize(targets, dim=-1).mT).max(-1)
+
+    ours, theirs = ops.match_tokens(key, target)[0][~target].view(batch, -1), product_and_max().values
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=8 * torch.finfo(dtype).eps)
+    compare(
+        "match_tokens",
+        f"{name}: {batch} x [{tokens}, {d}], {count} targets",
+        lambda: ops.match_tokens(key, target),
+        product_and_max,
+        baseline_name="normalize, @, max",
+        dtype=dtype,
+        flops=2 * batch * count * (tokens - count) * d,
+        rounds=25 if device.type == "cuda" else 7,
+    )
+
+
+# ---- merge_tokens ---------------------------------------------------------------------------------------------------
+
+# name: B, T, width, kept
+MERGED = {
+    "hidden states of CLIP ViT-L/14": (1, 576, 1024, 64),
+    "hidden states of LLaVA-1.5-7B": (1, 576, 4096, 64),
+    "rows of a KV cache": (32, 2048, 128, 1024),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", MERGED)
+def test_merge_tokens(name, dtype, device, compare):
+    """Beside index_add_ of fp32 numbers, of which it is known where each goes, and a division."""
+    batch, tokens, width, keep = MERGED[name]
+    x = torch.randn(batch, tokens, width, device=device).to(dtype)
+    index = alternating(batch, tokens, keep, device).nonzero()[:, 1].view(batch, keep)
+    goal = torch.randint(0, keep, (batch, tokens), device=device)
+    goal.scatter_(1, index, torch.arange(keep, device=device).expand_as(index))
+    match, flat = index.gather(1, goal), (goal + torch.arange(batch, device=device)[:, None] * keep).flatten()
+    ones = torch.ones(batch * tokens, device=device)
+
+    def index_add():
+        total = ones.new_zeros(batch * keep).index_add_(0, flat, ones)
+        sums = ones.new_zeros(batch * keep, width).index_add_(0, flat, x.view(-1, width).float())
+        return (sums / total[:, None]).to(dtype).view(batch, keep, width)
+
+    (ours,), _ = ops.merge_tokens(index, match, [x])
+    torch.testing.assert_close(ours, index_add(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    compare(
+        "merge_tokens",
+        f"{name}: {batch} x [{tokens}, {width}], keep={keep}",
+        lambda: ops.merge_tokens(index, match, [x]),
+        index_add,
+        baseline_name="index_add_, /",
+        dtype=dtype,
+        moved=bytes_of(x, ours),
+        rounds=25 if device.type == "cuda" else 9,
+    )

@@ -285,10 +285,8 @@ void match_tokens(std::uintptr_t key, std::uintptr_t target, std::uintptr_t sour
 template <auto Launch, typename Where>
 void merge_tokens(std::uintptr_t index, std::uintptr_t match, std::uintptr_t size, std::uintptr_t total,
                   std::uintptr_t lists, std::uintptr_t ends, const std::vector<TokenTuple>& tuples,
-                  const std::vector<int>& codes, int64_t batch, int64_t keep, int64_t tokens, Where where) {
+                  const std::vector<int32_t>& dtypes, int64_t batch, int64_t keep, int64_t tokens, Where where) {
   const std::vector<vlprune::TokenTensor> tensors = token_tensors(tuples);
-  std::vector<DType> dtypes;
-  for (const int code : codes) dtypes.push_back(static_cast<DType>(code));
   vlprune::MergeTokens args{};
   args.index = pointer<const int64_t>(index);
   args.match = pointer<const int64_t>(match);

@@ -218,7 +218,7 @@ struct MergeTokens {
   int32_t* lists;              // [B, 3, T] scratch: place in index or -1; what merges, by k and t; its sizes (fp32)
   int32_t* ends;               // [B, kMergeParts, K] scratch; the last part: where in the list that of each k ends
   const TokenTensor* tensors;  // [count] on the host, also for cuda::
-  const DType* dtypes;         // [count] on the host, likewise
+  const int32_t* dtypes;       // [count] of DType, on the host, likewise
   int64_t count;
   int64_t batch, keep, tokens;  // B, K, T; T < 2^31
 };

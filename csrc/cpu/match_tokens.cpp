@@ -192,9 +192,10 @@ void run(const MatchTokens& args, int threads) {
   for (int64_t i = 0; i < args.b * args.t; ++i) {
     const Sample of(args, i / args.t);
     const uint64_t number = of.number[i % args.t];
-    float& similarity = args.similarity[i];
-    similarity = number == kNoMatch ? -__builtin_inff() : float_of(similarity_bits_of(number)) * similarity;
-    args.match[i] = number == kNoMatch ? -1 : of.targets[place_of(number)];
+    const float similarity = float_of(similarity_bits_of(number)) * args.similarity[i];
+    const bool exists = number != kNoMatch && similarity == similarity;  // else the source has no length
+    args.similarity[i] = exists ? similarity : -__builtin_inff();
+    args.match[i] = exists ? of.targets[place_of(number)] : -1;
   }
 }
 

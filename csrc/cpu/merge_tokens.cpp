@@ -12,7 +12,8 @@
 namespace vlprune::cpu::VLPRUNE_ISA {
 namespace {
 
-constexpr int64_t kTogether = 1024;
+constexpr int64_t kTogether = 2048;
+constexpr int64_t kAhead = 4, kPrefetched = 512;  // tokens, bytes of each
 static_assert(kTogether % kLanes == 0);
 
 struct Sample {
@@ -73,14 +74,21 @@ void list_tokens(const MergeTokens& args, int64_t b) {
   }
 }
 
+// Asks for the beginning of a run: where a jump comes, the machine's own prefetching does not follow.
+VLPRUNE_INLINE void prefetch(const void* run, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes && byte < kPrefetched; byte += 64)
+    __builtin_prefetch(static_cast<const char*>(run) + byte);
+}
+
 template <typename T>
 VLPRUNE_INLINE Vec weighed(const T* x, float weight, int64_t count) {
   return mul(broadcast(weight), count < kLanes ? load(x, count) : load(x));
 }
 
-// out[0 .. count) for kept token k of a sample, one run; `in` is that of token 0.
+// out[0 .. count) for kept token k of a sample, one run; `in` is that of token 0, `listed` the length of the list.
 template <typename T>
-void average(const Sample& of, int64_t k, float total, const char* in, int64_t token_stride, int64_t count, T* out) {
+void average(const Sample& of, int64_t k, int64_t listed, float total, const char* in, int64_t token_stride,
+             int64_t count, T* out) {
   const int64_t self = of.index[k];
   const float own = of.size_of(self);
   const auto run_of = [&](int64_t t) { return reinterpret_cast<const T*>(in + t * token_stride); };
@@ -91,6 +99,7 @@ void average(const Sample& of, int64_t k, float total, const char* in, int64_t t
       store(sum + c, own == 0.0f ? zero() : weighed(run_of(self) + first + c, own, width - c));
     for (int64_t i = of.begin(k); i < of.end[k]; ++i) {
       const T* const x = run_of(of.token[i]) + first;
+      if (i + kAhead < listed) prefetch(run_of(of.token[i + kAhead]) + first, width * int64_t(sizeof(T)));
       for (int64_t c = 0; c < width; c += kLanes)
         store(sum + c, add(load(sum + c), weighed(x + c, of.weight[i], width - c)));
     }
@@ -105,14 +114,16 @@ template <typename T>
 void merge_piece(const MergeTokens& args, const TokenTensor& tensor, int64_t b, int64_t k, int64_t count,
                  const char* in, char* out) {
   const Sample of(args, b);
+  const int64_t listed = of.end[args.keep - 1];
   for (const int64_t last = k + count; k < last; ++k) {
+    if (k + kAhead < last) prefetch(in + of.index[k + kAhead] * tensor.token_stride, tensor.run);
     for (int64_t i = 0; i < tensor.inner; ++i, out += tensor.run) {
       const char* const from = in + i * tensor.inner_stride;
       if (of.begin(k) == of.end[k]) {
         std::memcpy(out, from + of.index[k] * tensor.token_stride, size_t(tensor.run));
       } else {
-        average(of, k, args.total[b * args.keep + k], from, tensor.token_stride, tensor.run / int64_t(sizeof(T)),
-                reinterpret_cast<T*>(out));
+        average(of, k, listed, args.total[b * args.keep + k], from, tensor.token_stride,
+                tensor.run / int64_t(sizeof(T)), reinterpret_cast<T*>(out));
       }
     }
   }
@@ -126,7 +137,7 @@ void merge_tokens(const MergeTokens& args, int threads) {
 
   for_each_piece(args.tensors, args.count, args.batch, args.keep, threads,
                  [&](int64_t t, int64_t b, int64_t k, int64_t count, const char* in, char* out) {
-                   dispatch(args.dtypes[t], [&](auto tag) {
+                   dispatch(DType(args.dtypes[t]), [&](auto tag) {
                      merge_piece<Element<decltype(tag)>>(args, args.tensors[t], b, k, count, in, out);
                    });
                  });

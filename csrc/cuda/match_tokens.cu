@@ -233,8 +233,9 @@ __global__ void __launch_bounds__(256)
   const int64_t index = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (index >= b * t) return;
   const uint64_t number = match[index];
-  const bool exists = number != kNoMatch;
-  similarity[index] = exists ? __uint_as_float(similarity_bits_of(number)) * similarity[index] : -INFINITY;
+  const float found = __uint_as_float(similarity_bits_of(number)) * similarity[index];
+  const bool exists = number != kNoMatch && found == found;  // else the source has no length
+  similarity[index] = exists ? found : -INFINITY;
   match[index] = exists ? lists[index / t * 3 * t + place_of(number)] : -1;
 }
 

@@ -240,9 +240,10 @@ void merge_tokens(const MergeTokens& args, void* stream) {
     p.runs.count = 0;
     for (int64_t t = begin; t < std::min(args.count, begin + TokenRuns::kTensors); ++t) {
       const TokenTensor& tensor = args.tensors[t];
-      const int log_of_element = args.dtypes[t] == DType::kFloat32 ? 2 : 1;
+      const auto dtype = static_cast<DType>(args.dtypes[t]);
+      const int log_of_element = dtype == DType::kFloat32 ? 2 : 1;
       const int log_bytes = log_of_vector(tensor, args.batch, args.tokens) == 4 ? 4 : log_of_element;
-      p.dtype[p.runs.count] = args.dtypes[t];
+      p.dtype[p.runs.count] = dtype;
       blocks += p.runs.add(tensor, log_bytes, 1, blocks);
     }
     merge_tokens_kernel<<<static_cast<unsigned>(blocks), TokenRuns::kThreads, 0, cuda_stream>>>(p);

@@ -9,6 +9,8 @@ from ops import test_column_norm_sq as column_norm_sq
 from ops import test_compact_tokens as compact_tokens
 from ops import test_diverse_tokens as diverse_tokens
 from ops import test_leave_one_out as leave_one_out
+from ops import test_match_tokens as match_tokens
+from ops import test_merge_tokens as merge_tokens
 from ops import test_perturb as perturb
 from ops import test_prune_nm as prune_nm
 from ops import test_prune_smallest as prune_smallest
@@ -227,6 +229,24 @@ def test_diverse_tokens(batch, tokens, d, offset, candidates, isa, threads, dtyp
         )
 
 
+def strided_tensors(data, batch, tokens, dtypes, make=compact_tokens.some):
+    """Some tensors and their token dimensions: of up to five dimensions, in any order in memory and of any stride."""
+    tensors, dims = [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        dtype = data.draw(st.sampled_from(dtypes))
+        sizes = data.draw(st.lists(st.integers(1, 5), max_size=3))
+        dim = data.draw(st.integers(1, len(sizes) + 1))
+        shape = [data.draw(st.sampled_from([1, batch])), *sizes]
+        shape.insert(dim, tokens)
+        steps = [data.draw(st.integers(1, 2)) for _ in shape]
+        order = data.draw(st.permutations(range(len(shape))))
+        whole = make([shape[place] * steps[place] for place in order], dtype)
+        strided = whole[tuple(slice(None, None, steps[place]) for place in order)]
+        tensors.append(strided.permute([order.index(place) for place in range(len(shape))]))
+        dims.append(dim)
+    return tensors, dims
+
+
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 @hypothesis.given(
     batch=st.integers(1, 3),
@@ -236,20 +256,45 @@ def test_diverse_tokens(batch, tokens, d, offset, candidates, isa, threads, dtyp
     data=st.data(),
 )
 def test_compact_tokens(batch, tokens, isa, threads, data):
-    """Tensors of up to five dimensions, the others than batch and tokens in any order in memory and any stride."""
-    tensors, dims = [], []
-    for _ in range(data.draw(st.integers(1, 4))):
-        dtype = data.draw(st.sampled_from(compact_tokens.DTYPES))
-        sizes = data.draw(st.lists(st.integers(1, 5), max_size=3))
-        dim = data.draw(st.integers(1, len(sizes) + 1))
-        shape = [data.draw(st.sampled_from([1, batch])), *sizes]
-        shape.insert(dim, tokens)
-        steps = [data.draw(st.integers(1, 2)) for _ in shape]
-        order = data.draw(st.permutations(range(len(shape))))
-        whole = compact_tokens.some([shape[place] * steps[place] for place in order], dtype)
-        strided = whole[tuple(slice(None, None, steps[place]) for place in order)]
-        tensors.append(strided.permute([order.index(place) for place in range(len(shape))]))
-        dims.append(dim)
+    tensors, dims = strided_tensors(data, batch, tokens, compact_tokens.DTYPES)
     torch.set_num_threads(threads)
     with _native.force_isa(isa):
         compact_tokens.check(compact_tokens.choose(batch, tokens, data.draw(st.integers(0, tokens))), tensors, dims)
+
+
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
+@hypothesis.given(
+    b=st.integers(1, 3),
+    t=st.integers(1, 90),
+    d=st.integers(1, 40),
+    offset=st.integers(0, 3),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    both=st.booleans(),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_match_tokens(b, t, d, offset, share, both, isa, threads, dtype):
+    key = match_tokens.make((b, t + offset, d + offset), dtype)[:, offset:, offset:]
+    torch.set_num_threads(threads)
+    with _native.force_isa(isa):
+        match_tokens.check(key, match_tokens.some(key, share), match_tokens.some(key, 0.5) if both else None)
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 20),
+    into=st.sampled_from(sorted(merge_tokens.MATCHES)),
+    kind=st.sampled_from(sorted(merge_tokens.SIZES)),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_merge_tokens(batch, tokens, into, kind, isa, threads, data):
+    tensors, dims = strided_tensors(data, batch, tokens, DTYPES, merge_tokens.numbers)
+    index = compact_tokens.choose(batch, tokens, data.draw(st.integers(1, tokens)))
+    torch.set_num_threads(threads)
+    with _native.force_isa(isa):
+        match, size = merge_tokens.MATCHES[into](index, tokens), merge_tokens.SIZES[kind]((batch, tokens))
+        merge_tokens.check(index, match, tensors, size, dims, f"{into} {kind}")
