@@ -304,6 +304,14 @@ def test_gradient_equals_that_of_plain_torch(kind, dtype, device):
         torch.testing.assert_close(mine, other, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
 
+def test_gradient_of_nothing(device):
+    for tokens in (0, 5):
+        x = torch.ones(2, tokens, 3, device=device, requires_grad=True)
+        index, match = (torch.zeros(2, n, dtype=torch.int64, device=device) for n in (0, tokens))
+        ops.merge_tokens(index, match, [x])[0][0].sum().backward()
+        assert torch.equal(x.grad, torch.zeros_like(x))
+
+
 # ---- torch's machinery -----------------------------------------------------------------------------------------------
 
 

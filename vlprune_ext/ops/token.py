@@ -743,6 +743,12 @@ def _share_out(
     """Of each mean's gradient, to each token in it its share of the size; those of a shared batch are summed."""
     index, match, total, *sizes = ctx.saved_tensors
     keep, tokens = index.shape[1], match.shape[1]
+    if keep == 0:  # nothing to share out, and nowhere to gather it from
+        nothing = [
+            None if grad is None or full is None else grad.new_zeros(full)
+            for grad, full in zip(grads, ctx.shapes, strict=True)
+        ]
+        return None, None, nothing, None, None
     kept = torch.full_like(match, -1).scatter_(1, index, torch.arange(keep, device=index.device).expand_as(index))
     goal = torch.where((match >= 0) & (match < tokens), kept.gather(1, match.clamp(0, tokens - 1)), -1)
     goal = torch.where(kept >= 0, kept, goal)  # [B, T]: what a token is part of, or -1
