@@ -190,11 +190,13 @@ def open_image(path: Path) -> Any:
     """A picture. Raises UsageError for a file that is none."""
     from PIL import Image, UnidentifiedImageError
 
+    if not path.is_file():
+        raise UsageError(f"--image: {path}, no such file")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError):
-        raise UsageError(f"{path}: not a picture that can be read") from None
+        raise UsageError(f"--image: {path}, not a picture that can be read") from None
 
 
 def _read_settings(settings: Sequence[str], known: set[str], whose: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _example(text: str) -> str:
 def demo(
     out: Annotated[Path, typer.Option(callback=new_folder, help="Folder for the two pruned models.")] = Path("pruned"),
     report: Annotated[
-        Path, typer.Option(callback=new_file, help="HTML report; that of the LLaVA goes beside it.")
+        Path, typer.Option(callback=new_file, help="HTML report; those of the LLaVA go beside it.")
     ] = Path("report.html"),
     keep: Annotated[float, typer.Option(help="Share of the CLIP's heads and neurons to keep.")] = 0.5,
     json: Json = False,
@@ -89,19 +89,21 @@ def demo(
     if not 0 < keep < 1:
         raise UsageError(f"--keep: {keep}, expected a share between 0 and 1")
     quiet()
-    from .demo import CLIP, LLAVA, run_clip, run_llava
+    from .demo import CLIP, LLAVA, run_clip, run_llava, run_tokens
 
     folders = {CLIP: out / "clip-digits-mope", LLAVA: out / "llava-digits-ecoflap"}
-    pages = {CLIP: report, LLAVA: report.with_name(f"{report.stem}-llava{report.suffix}")}
+    beside = {kind: report.with_name(f"{report.stem}-{kind}{report.suffix}") for kind in ("llava", "tokens")}
+    pages = {CLIP: report, LLAVA: beside["llava"]}
     outcomes = {CLIP: run_clip(folders[CLIP], pages[CLIP], keep=keep, working=working, say=note)}
     if not json:
         show("", before_after(outcomes[CLIP].result, outcomes[CLIP].comparisons), "")
     outcomes[LLAVA] = run_llava(folders[LLAVA], pages[LLAVA], working=working, say=note)
+    fewer = run_tokens(beside["tokens"], working=working, say=note)
     if json:
-        show_json({name: outcome.as_dict() for name, outcome in outcomes.items()})
+        show_json({**{name: outcome.as_dict() for name, outcome in outcomes.items()}, "tokens": fewer.as_dict()})
         return
     show("", before_after(outcomes[LLAVA].result, outcomes[LLAVA].comparisons), "")
-    show(*(f"{name:12s}  {folders[name]}  {pages[name]}" for name in outcomes))
+    show(*(f"{name:12s}  {folders[name]}  {pages[name]}" for name in outcomes), f"tokens        {beside['tokens']}")
 
 
 @app.command(epilog=_example("vlprune score clip-digits --data digits --modules head,neurons,layer --out scores.csv"))
@@ -379,7 +381,7 @@ def tokens(
             show_default="fastv",
         ),
     ] = None,
-    keep: Keep = (0.5, 0.25, 0.11),
+    keep: Keep = "0.5,0.25,0.11",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="A field of the method, for instance layer=1; repeatable."),
@@ -419,68 +421,41 @@ def tokens(
     """Answer a question with fewer visual tokens: what stays, what it takes, and how often answers are right."""
     quiet()
     from .data.digits import DIGITS_QUESTIONS, read_digits
-    from .token_figures import kept_squares
-    from .token_report import answers, cells, data_facts, write_token_report
-    from .token_trials import ask, default_metric, judge, run_trial, seen_picture, squares
+    from .token_report import cells, picture_of, write_token_report
+    from .token_trials import compare
 
     if (image is None) != (question is None):
         raise UsageError("--image and --question: one without the other")
-    if image is not None and not image.is_file():
-        raise UsageError(f"--image: {image}, no such file")
     ways = token_methods(methods or ["fastv"], keep, settings or [])
-    loaded = read_model(model, device, dtype)
     if image is None:
         record = read_digits(DIGITS_QUESTIONS, "test", 1, seed)[0][0]
         shown, question, data = record.open(), record.question, data or DIGITS_QUESTIONS
     else:
         shown = open_image(image)
-    assert question is not None
-    inputs = ask(loaded.processor, shown, question, loaded.model)
-    trials = {}
-    with working("answering"):
-        trials["all tokens"] = run_trial(loaded.model, loaded.processor, inputs, None, length=length)
-        for name, (way, *_) in ways.items():
-            trials[name] = run_trial(loaded.model, loaded.processor, inputs, way, length=length)
-    kept = {name: squares(trial.kept, inputs, loaded.model) for name, trial in trials.items() if trial.kept is not None}
-    picture = seen_picture(shown, inputs, loaded.processor)
-    if out is not None:
-        kept_squares(picture, kept, answers(trials)).savefig(out)
-    content: dict[str, Any] = {"question": question}
-    content["trials"] = {
-        name: {"answer": t.answer, "seconds": t.seconds, "cache": t.cache, "peak": t.peak, "share": t.share}
-        for name, t in trials.items()
-    }
-    judged = None
-    if report is not None:
-        dense, measured = None, None
-        chosen = metric or default_metric(loaded.model)
-        if data is not None:
-            judged = read_data(loaded, data, split, limit, seed)
-            with working("judging") as progress:
-                dense, measured = judge(loaded.model, judged, ways, chosen, batch_size=batch_size, progress=progress)
-            content |= {"data": data_facts(judged), "metric": chosen, "dense": dense}
-            content["judged"] = {
-                name: [{"keep": one.method.keep, "share": one.share, chosen: one.quality} for one in several]
-                for name, several in measured.items()
-            }
-        write_token_report(
-            report,
-            title=f"{Path(model).name}, fewer visual tokens",
-            question=question,
-            trials=trials,
-            picture=picture,
-            squares=kept,
-            quality=chosen,
-            dense=dense,
-            judged=measured,
+    loaded = read_model(model, device, dtype)
+    judged = None if report is None or data is None else read_data(loaded, data, split, limit, seed)
+    with working("answering") as progress:
+        found = compare(
+            loaded,
+            shown,
+            question or "",
+            ways,
             data=judged,
+            metric=metric,
+            length=length,
+            batch_size=batch_size,
+            progress=progress,
         )
+    if out is not None:
+        picture_of(found).savefig(out, dpi=200)
+    if report is not None:
+        write_token_report(report, found, title=f"{Path(model).name}, fewer visual tokens")
     if json:
-        show_json({**content, "out": out, "report": report})
+        show_json({**found.as_dict(), "out": out, "report": report})
         return
     titles = ["answer", "visual tokens", "time", "key-value cache", "peak memory"]
-    rows = {name: cells(trial) for name, trial in trials.items()}
-    listing = table("method", *titles[: len(rows["all tokens"])], title=f"{question}  (keep {keep[0]:g})")
+    rows = {name: cells(trial) for name, trial in found.trials.items()}
+    listing = table("method", *titles[: len(rows["all tokens"])], title=f"{found.question}  (keep {keep[0]:g})")
     for name, row in rows.items():
         listing.add_row(name, *row)
     show("", listing, "")

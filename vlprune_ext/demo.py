@@ -1,7 +1,7 @@
 """The demonstration: the small trained models pruned, saved, reloaded and measured.
 
 A CLIP loses heads and neurons that MoPE scores by leaving them out; a LLaVA loses weights where ECoFLaP finds that its
-loss depends on them least.
+loss depends on them least, and, as it came, answers with fewer visual tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from typing import Any
 
 from .checkpoint import load_pruned
 from .data import Data, load_data
+from .data.digits import DIGITS_QUESTIONS, read_digits
 from .distillation import distill
-from .methods import ECoFLaP, GlobalMagnitude, Magnitude, MoPE, Random, Wanda
+from .methods import ECoFLaP, FastV, GlobalMagnitude, Magnitude, MoPE, Random, RandomTokens, VisionZip, Wanda
 from .models import Loaded, load_model
 from .pipeline import Result, evaluate, measure, plan_cost, prune
 from .record import save_record
 from .replay import Progress
 from .report import write_report
 from .summary import cut_summary, duration, metric, si
+from .token_report import write_token_report
+from .token_trials import Comparison, compare
 
 CLIP, LLAVA = "clip-digits", "llava-digits"
 SEED = 0
@@ -32,6 +35,7 @@ TEST = 1000  # images of digits that no other split has
 TRAIN = 4000  # images to distil on
 DISTILL_STEPS = 60
 SPARSITIES = (0.6, 0.5, 0.7)  # the first is saved
+KEEPS = (0.5, 0.25, 0.11)  # shares of the visual tokens
 
 Working = Callable[[str], AbstractContextManager[Progress]]
 
@@ -143,7 +147,7 @@ def run_clip(out: Path, report: Path, *, keep: float, working: Working, say: Cal
 def run_llava(out: Path, report: Path, *, working: Working, say: Callable[[str], None]) -> Outcome:
     """Weights of the LLaVA are zeroed, at several sparsities."""
     start = time.perf_counter()
-    stage = _Stage(LLAVA, "digits-questions", "exact_match", "exact_match", working, say)
+    stage = _Stage(LLAVA, DIGITS_QUESTIONS, "exact_match", "exact_match", working, say)
     loaded, data = stage.read(calibration=CALIBRATION, test=TEST)
     calibration, test = data["calibration"], data["test"]
     began = time.perf_counter()
@@ -176,3 +180,21 @@ def run_llava(out: Path, report: Path, *, working: Working, say: Callable[[str],
     save_record(out, result, comparisons)
     write_report(report, result, comparisons=comparisons, title=f"{LLAVA}: {SPARSITIES[0]:.0%} of the weights zeroed")
     return Outcome(result, comparisons, time.perf_counter() - start)
+
+
+def run_tokens(report: Path, *, working: Working, say: Callable[[str], None]) -> Comparison:
+    """The dense LLaVA answers questions with fewer visual tokens."""
+    start = time.perf_counter()
+    loaded = load_model(LLAVA)
+    data = load_data(DIGITS_QUESTIONS, "test", model=loaded.model, processor=loaded.processor, limit=TEST, seed=SEED)
+    record = read_digits(DIGITS_QUESTIONS, "test", 1, SEED)[0][0]
+    methods = {method.__name__: [method(keep=keep) for keep in KEEPS] for method in (FastV, VisionZip, RandomTokens)}
+    with working("answering with fewer visual tokens") as progress:
+        found = compare(loaded, record.open(), record.question, methods, data=data, progress=progress)
+    write_token_report(report, found, title=f"{LLAVA}: fewer visual tokens")
+    said = ", ".join(f"{name} {metric(found.metric, several[1].quality)}" for name, several in found.judged.items())
+    say(
+        f"right answers with a quarter of the visual tokens: {said}; with all {metric(found.metric, found.dense)} "
+        f"({duration(time.perf_counter() - start)})"
+    )
+    return found

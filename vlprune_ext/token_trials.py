@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .anatomy import describe
 from .data import Data
+from .models import Loaded
 from .patch import Patches, evaluation_mode
 from .pipeline import evaluate
 from .replay import Progress
@@ -75,9 +76,13 @@ def run_trial(
 
     inputs     what `ask` gives
     length     tokens of the answer at most
+
+    Raises ValueError for a model that does not generate.
     """
     anatomy = describe(model)
     generator: Any = model
+    if not hasattr(generator, "generate"):
+        raise ValueError(f"model: a {type(model).__name__} does not answer questions; expected one that generates text")
     caches: list[Any] = []
 
     def note(_: nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
@@ -195,3 +200,74 @@ def judge(
 
 def _quality(model: nn.Module, data: Data, metric: str, batch_size: int) -> float:
     return next(iter(evaluate(model, data, metric, batch_size=batch_size).values()))
+
+
+@dataclass
+class Comparison:
+    """Methods side by side: on one picture, and (where there is data) by how often they are right.
+
+    trials            name -> what came of it; "all tokens" first
+    picture, squares  [H, W, 3] in 0..1; name -> [height, width] bool: those that stay at last
+    dense, judged     quality of the dense model; name -> what `judge` found
+    """
+
+    question: str
+    trials: dict[str, Trial]
+    picture: np.ndarray
+    squares: dict[str, np.ndarray]
+    metric: str = ""
+    dense: float = math.nan
+    judged: dict[str, list[Judged]] = field(default_factory=dict)
+    data: Data | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for --json."""
+        told = ("answer", "seconds", "cache", "peak", "share")
+        found: dict[str, Any] = {
+            "question": self.question,
+            "trials": {name: {key: getattr(trial, key) for key in told} for name, trial in self.trials.items()},
+        }
+        if self.data is not None:
+            found |= {"data": self.source, "metric": self.metric, "dense": self.dense}
+            found["judged"] = {
+                name: [{"keep": one.method.keep, "share": one.share, self.metric: one.quality} for one in several]
+                for name, several in self.judged.items()
+            }
+        return found
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Which data it was; empty without."""
+        data = self.data
+        if data is None:
+            return {}
+        return {"name": data.name, "split": data.split, "hash": data.hash, "images": data.n_images}
+
+
+def compare(
+    loaded: Loaded,
+    image: Any,
+    question: str,
+    methods: Mapping[str, Sequence[TokenMethod]],
+    *,
+    data: Data | None = None,
+    metric: str | None = None,
+    length: int = 32,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Ask about a picture with all visual tokens and under the first of each name's methods; judge all on ``data``."""
+    model, processor = loaded.model, loaded.processor
+    inputs = ask(processor, image, question, model)
+    first: dict[str, TokenMethod | None] = {"all tokens": None, **{name: ways[0] for name, ways in methods.items()}}
+    trials = {name: run_trial(model, processor, inputs, method, length=length) for name, method in first.items()}
+    found = Comparison(
+        question,
+        trials,
+        seen_picture(image, inputs, processor),
+        {name: squares(trial.kept, inputs, model) for name, trial in trials.items() if trial.kept is not None},
+    )
+    if data is not None:
+        found.data, found.metric = data, metric or default_metric(model)
+        found.dense, found.judged = judge(model, data, methods, found.metric, batch_size=batch_size, progress=progress)
+    return found
