@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 import vlprune_ext as vp
 from vlprune_ext import bench, cli, demo
 from vlprune_ext.anatomy import FAMILIES
-from vlprune_ext.methods import LAYERWISE, METHODS, STRUCTURED, ECoFLaP
+from vlprune_ext.methods import LAYERWISE, METHODS, STRUCTURED, TOKENS, ECoFLaP
+from vlprune_ext.models import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "score", "prune", "evaluate", "plan-cost", "bench", "info", "report")
+COMMANDS = ("demo", "score", "prune", "tokens", "evaluate", "plan-cost", "bench", "info", "report")
 SMALL = ("--limit", "8", "--neurons-per-group", "32")
 FEW = ("--limit", "8", "--test-limit", "8")
 
@@ -520,17 +521,23 @@ def _readme() -> str:
 
 
 def test_readme_example_runs_as_shown(tmp_path, monkeypatch, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", _readme(), flags=re.S)
+    example, fewer_tokens = re.findall(r"```python\n(.*?)```", _readme(), flags=re.S)
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
+    llava = load_model("llava-digits").model
+    row = vp.load_data("digits-questions", "test", model=llava, limit=1).batch(torch.tensor([0]))
+    inputs = {name: row[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    exec(compile(fewer_tokens, "README.md", "exec"), {"vp": vp, "model": llava, "inputs": inputs})
     assert re.search(r"recall@1 [\d.]+ -> [\d.]+", capsys.readouterr().out)
     assert (tmp_path / "pruned" / "pruning.json").is_file()
 
 
 def test_readme_names_every_method_model_and_command():
     text = _readme()
-    assert set(re.findall(r"^\| `vp\.(\w+)` \|", text, flags=re.M)) == {m.__name__ for m in METHODS.values()}
+    listed = re.findall(r"^\| (`vp\.[^|]*) \|", text, flags=re.M)
+    methods = {method.__name__ for method in (*METHODS.values(), *TOKENS.values())}
+    assert set(re.findall(r"`vp\.(\w+)`", "\n".join(listed))) == methods
     table = text.split("## Models")[1].split("##")[0]
     assert set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`[^|]*) \|", table, flags=re.M)))) == set(FAMILIES)
     used = set(re.findall(r"^vlprune ([a-z-]+)", text, flags=re.M))
@@ -547,7 +554,9 @@ def test_readme_commands_parse():
             assert option in known, f"{command} {option}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/mope.md", "docs/ecoflap.md", "docs/adding_an_op.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/mope.md", "docs/ecoflap.md", "docs/tokens.md", "docs/adding_an_op.md"]
+)
 def test_links_of_the_docs_lead_somewhere(page):
     path = ROOT / page
     prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
@@ -556,7 +565,10 @@ def test_links_of_the_docs_lead_somewhere(page):
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize(("page", "methods"), [("mope.md", STRUCTURED.values()), ("ecoflap.md", LAYERWISE.values())])
+@pytest.mark.parametrize(
+    ("page", "methods"),
+    [("mope.md", STRUCTURED.values()), ("ecoflap.md", LAYERWISE.values()), ("tokens.md", TOKENS.values())],
+)
 def test_pages_name_every_field(page, methods):
     import dataclasses
 

@@ -438,7 +438,7 @@ class ExactMatch(LMLoss):
     def report(self, anatomy, data, batch_size) -> dict[str, float]:
         tower = self.towers(anatomy)[0]
         with evaluation_mode(anatomy.model):
-            return {"exact_match": self.run(anatomy, tower, data, batch_size).double().mean().item()}
+            return {self.name: self.run(anatomy, tower, data, batch_size).double().mean().item()}
 
 
 @dataclass
