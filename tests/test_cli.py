@@ -256,7 +256,7 @@ def test_demo_saves_reloads_and_reports(tiny, tmp_path, monkeypatch):
         monkeypatch.setattr(demo, name, value)
     out, report = tmp_path / "pruned" / "x", tmp_path / "report.html"
     result = run("demo", "--out", out, "--report", report, "--json")
-    clip, llava = json.loads(result.stdout).values()
+    clip, llava, tokens = json.loads(result.stdout).values()
     said = result.stderr.replace("\n", " ")
     assert set(clip["comparisons"]) == {"Random", "Magnitude", "MoPE, distilled"}
     assert set(llava["comparisons"]) == {"Wanda 0.5", "GlobalMagnitude 0.5"}
@@ -269,6 +269,9 @@ def test_demo_saves_reloads_and_reports(tiny, tmp_path, monkeypatch):
     )
     assert "Magnitude" in report.read_text(encoding="utf-8")
     assert "Wanda" in (tmp_path / "report-llava.html").read_text(encoding="utf-8")
+    assert set(tokens["judged"]) == {"FastV", "VisionZip", "RandomTokens"}
+    assert tokens["data"]["images"] == 20
+    assert "VisionZip" in (tmp_path / "report-tokens.html").read_text(encoding="utf-8")
 
 
 def test_several_sparsities(tmp_path, monkeypatch):
