@@ -32,7 +32,10 @@ class BlipDigits(Answering):
     """BLIP on the vision tower of clip-digits: questions with answers."""
 
     name = "blip-digits"
-    stages = (Stage(steps=1200, batch=32, objects=(1, 2, 3, 4), alike=1, rate=1e-3),)
+    stages = (
+        Stage(steps=1200, batch=32, objects=(1, 2, 3, 4), alike=1, rate=1e-3),  # what is where, and colours
+        Stage(steps=600, batch=32, objects=(1, 2, 3, 4), alike=1, rate=7e-4),  # digits, from any patch
+    )
     tags = "blip, visual-question-answering, vlprune-ext"
     asked = 8
 
@@ -144,12 +147,18 @@ class BlipDigits(Answering):
         return torch.tensor(words)
 
     def loss(self, scenes: DigitScenes) -> Tensor:
-        """Cross-entropy of answers, and of the words for each place: what does not say where it is is hard to find."""
+        """Cross-entropy of answers, and of the words for each place: what does not say where it is is hard to find.
+
+        The words are those of the place's mean patch in the first stage, of each of its patches in the second.
+        """
         inputs = self.packed(scenes, self.questions(scenes))
         image = self.seen(self.model, inputs)
         half = math.isqrt(image.shape[1] - 1) // 2
-        place = image[:, 1:].unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)  # [B, 4, D]
-        named = -self.model.text_decoder.cls(place).log_softmax(-1).gather(-1, self.shown(scenes)).mean()
+        patch = image[:, 1:].unflatten(1, (2, half, 2, half)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+        if not self.stage:
+            patch = patch.mean(2, keepdim=True)  # [B, 4, n, D], n = 1
+        words = self.shown(scenes)[:, :, None].expand(-1, -1, patch.shape[2], -1)  # [B, 4, n, 4]
+        named = -self.model.text_decoder.cls(patch).log_softmax(-1).gather(-1, words).mean()
         return self.of_answers(self.model, inputs, image) + named
 
     def about(self) -> str:
@@ -170,7 +179,8 @@ Questions of one batch should have as many words as each other: transformers' `g
         """The loss."""
         return (
             f"Cross-entropy of the answers to {self.asked} of each scene's questions, and of the words for digit,\n"
-            "colour, row and column in what the decoder's head makes of the mean patch of each place, all weights"
+            "colour, row and column in what the decoder's head makes of the mean patch of each place (first\n"
+            "stage) or of every patch (second), all weights"
         )
 
 
