@@ -2,8 +2,9 @@
 
     python scripts/train_zoo.py clip-digits --out vlprune_ext/zoo/clip-digits --seed 0
     python scripts/train_zoo.py llava-digits --out vlprune_ext/zoo/llava-digits --seed 0
+    python scripts/train_zoo.py blip-digits --out vlprune_ext/zoo/blip-digits --seed 0
 
-The same arguments, thread count and torch build give the same weights.
+The same arguments, thread count and torch build give the same weights, also when a run is cut and resumed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from zoo_recipes.blip_digits import BlipDigits
 from zoo_recipes.card import card
 from zoo_recipes.clip_digits import ClipDigits
 from zoo_recipes.llava_digits import LlavaDigits
@@ -26,11 +30,47 @@ from zoo_recipes.recipe import Recipe, Stage
 
 from vlprune_ext.zoo.digit_scenes import DigitScenes
 
-RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (ClipDigits, LlavaDigits)}
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (ClipDigits, LlavaDigits, BlipDigits)}
 
 
-def train_stage(recipe: Recipe, stage: Stage, scene_seeds: range, validate: Callable[[int, float], None]) -> None:
-    """Train on scenes composed anew each step; ``validate(step, loss)`` now and then."""
+class Stateful(Protocol):
+    """What a state is taken of and given back to."""
+
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> object: ...
+
+
+@dataclass
+class Progress:
+    """How far a training is; ``save`` at every score, so that a cut loses little."""
+
+    file: Path
+    stage: int = 0  # the one at work
+    step: int = 0  # done of it
+    best: float = -1.0
+    best_state: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def save(self, parts: dict[str, Stateful]) -> None:
+        """All of it, and the state of model, optimizer and schedule."""
+        whole = {name: part.state_dict() for name, part in parts.items()}
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "file"}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        torch.save(whole | counts, partial)
+        partial.replace(self.file)
+
+    def load(self) -> dict[str, dict]:
+        """The states that ``save`` was given; its own is back in place."""
+        found = torch.load(self.file, weights_only=True)
+        for f in fields(self):
+            if f.name in found:
+                setattr(self, f.name, found.pop(f.name))
+        return found
+
+
+def train_stage(recipe: Recipe, stage: Stage, first_seed: int, progress: Progress, state: dict[str, dict]) -> None:
+    """Train on scenes composed anew each step, from where ``progress`` and ``state`` are; keep the best by score."""
     model = recipe.model
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -47,9 +87,13 @@ def train_stage(recipe: Recipe, stage: Stage, scene_seeds: range, validate: Call
         return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / max(1, stage.steps - warm_up)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, relative_rate)
-    for step, scene_seed in enumerate(scene_seeds, start=1):
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    for name, saved in state.items():
+        parts[name].load_state_dict(saved)
+    began = time.perf_counter() - progress.seconds
+    for step in range(progress.step + 1, stage.steps + 1):
         model.train()
-        loss = recipe.loss(DigitScenes("train", stage.batch, scene_seed, stage.objects, stage.alike))
+        loss = recipe.loss(DigitScenes("train", stage.batch, first_seed + step, stage.objects, stage.alike))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -57,39 +101,39 @@ def train_stage(recipe: Recipe, stage: Stage, scene_seeds: range, validate: Call
         schedule.step()
         recipe.after_step()
         if step % max(1, min(recipe.every, stage.steps // 4)) == 0 or step == stage.steps:
-            validate(step, loss.item())
+            found = recipe.score()
+            if found > progress.best:
+                progress.best, progress.best_state = found, copy.deepcopy(model.state_dict())
+            progress.step, progress.seconds = step, time.perf_counter() - began
+            progress.save(parts)
+            print(
+                f"step {step:5d}  loss {loss.item():.4f}  validation {recipe.scored} {found:.4f}  "
+                f"{progress.seconds:.0f} s",
+                flush=True,
+            )
 
 
-def train(name: str, out: Path, seed: int, threads: int, stages: Sequence[Stage] | None = None) -> None:
+def train(
+    name: str, out: Path, seed: int, threads: int, stages: Sequence[Stage] | None = None, resume: bool = False
+) -> None:
     """Train stage after stage, keep the best by the recipe's score; write the model, its processor and its card."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     recipe = RECIPES[name]()
     stages = recipe.stages if stages is None else stages
-    began = time.perf_counter()
+    progress = Progress(out.with_name(f"{out.name}.training"))
+    state = progress.load() if resume else {}
     print(f"{name}: {recipe.parameters:,} parameters, {threads} threads", flush=True)
-    best, best_state, done = -1.0, copy.deepcopy(recipe.model.state_dict()), 0
-
-    def validate(step: int, loss: float) -> None:
-        nonlocal best, best_state
-        found = recipe.score()
-        if found > best:
-            best, best_state = found, copy.deepcopy(recipe.model.state_dict())
-        print(
-            f"step {done + step:5d}  loss {loss:.4f}  validation {recipe.scored} {found:.4f}  "
-            f"{time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
-
-    for stage in stages:
-        print(stage, flush=True)
-        first = seed * 1_000_000 + done + 1
-        train_stage(recipe, stage, range(first, first + stage.steps), validate)
-        done += stage.steps
-    recipe.model.load_state_dict(best_state)
-    minutes = (time.perf_counter() - began) / 60
-    write(out, recipe, stages, f"--seed {seed} --threads {threads}", minutes)
+    for at in range(progress.stage, len(stages)):
+        print(stages[at], flush=True)
+        recipe.stage = at
+        done = sum(stage.steps for stage in stages[:at])
+        train_stage(recipe, stages[at], seed * 1_000_000 + done, progress, state)
+        progress.stage, progress.step, state = at + 1, 0, {}
+    recipe.model.load_state_dict(progress.best_state)
+    write(out, recipe, stages, f"--seed {seed} --threads {threads}", progress.seconds / 60)
+    progress.file.unlink()
 
 
 def write(out: Path, recipe: Recipe, stages: Sequence[Stage], arguments: str, minutes: float) -> None:
@@ -109,8 +153,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="go on from the last score of a run that was cut")
     given = parser.parse_args()
-    train(given.model, given.out, given.seed, given.threads)
+    train(given.model, given.out, given.seed, given.threads, resume=given.resume)
 
 
 if __name__ == "__main__":

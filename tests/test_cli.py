@@ -294,6 +294,22 @@ def test_several_sparsities(tmp_path, monkeypatch):
     assert "0.5, 'x'" in refused("prune", "llava-digits", "--method", "wanda", "--sparsity", "0.5, 'x'", code=2)
 
 
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        (["--method", "ecoflap", "--estimator", "first-order"], "nonzero"),
+        (["--method", "taylor", "--keep-heads", ".5", "--keep-neurons", ".5", "--steps", "1"], "params"),
+    ],
+)
+def test_a_model_made_for_questions_is_asked_some_by_default(tmp_path, fields, lost):
+    few = ["--limit", "8", "--test-limit", "8", "--metric", "exact_match"]
+    content = json.loads(run("prune", "blip-digits", *few, *fields, "--out", tmp_path / "out", "--json").stdout)
+    assert content["data"]["name"] == "digits-questions"
+    assert content["before"]["exact_match"] > content["after"]["exact_match"] >= 0
+    assert content["after"][lost] < 0.75 * content["before"][lost]
+    assert vp.load_pruned(tmp_path / "out").num_parameters() == content["after"]["params"]
+
+
 # ---- how it refuses -------------------------------------------------------------------------------------------------
 
 

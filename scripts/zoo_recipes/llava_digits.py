@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import (
     CLIPModel,
@@ -19,23 +17,20 @@ from transformers import (
 )
 
 from vlprune_ext import zoo
-from vlprune_ext.zoo.digit_scenes import PLAIN_KINDS, QUESTION_SHARES, DigitScenes, Question
+from vlprune_ext.zoo.digit_scenes import DigitScenes, Question
 
-from .card import PURPOSE, table
-from .recipe import CAPTION_WORDS, Recipe, Stage, image_processor, pixels_of, word_tokenizer
+from .answering import IGNORED, WORDS, Answering, Inputs, columns
+from .card import PURPOSE
+from .recipe import Stage, image_processor, pixels_of, word_tokenizer
 
-IGNORED = -100  # a label that the loss does not count
 
-
-class LlavaDigits(Recipe):
+class LlavaDigits(Answering):
     """LLaVA on the vision tower of clip-digits: captions and questions."""
 
     name = "llava-digits"
     stages = (Stage(steps=1200, batch=32, objects=(1, 2, 3, 4), alike=1, rate=1e-3),)
     tags = "llava, visual-question-answering, vlprune-ext"
-    scored = "exact match"
-    every = 100
-    asked = 6  # questions a scene and step
+    asked = 6
 
     def __init__(self) -> None:
         clip = CLIPModel.from_pretrained(zoo.path("clip-digits"))
@@ -56,9 +51,8 @@ class LlavaDigits(Recipe):
     @staticmethod
     def make_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
         """The words of captions, questions and answers, and a token for a patch of the picture."""
-        asking = ("what", "digit", "colour", "is", "the", "how", "many", "digits", "are", "there", "?", "none")
         return word_tokenizer(
-            ["<pad>", "<unk>", "<bos>", "<eos>", "<image>", *CAPTION_WORDS, *asking],
+            ["<pad>", "<unk>", "<bos>", "<eos>", "<image>", *WORDS],
             "<bos> $A",
             model_max_length=max_length,
             padding_side="left",
@@ -92,13 +86,7 @@ class LlavaDigits(Recipe):
         model.generation_config = GenerationConfig(do_sample=False, **special)
         return model
 
-    def ids(self, text: str) -> list[int]:
-        """Its words, nothing around them."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def packed(
-        self, scenes: DigitScenes, questions: Sequence[Sequence[Question]], captions: bool = False
-    ) -> dict[str, Tensor]:
+    def packed(self, scenes: DigitScenes, questions: Sequence[Sequence[Question]], captions: bool = False) -> Inputs:
         """Inputs with one row a scene: its picture, then its caption if asked for, then its questions with answers.
 
         Each text has positions as if it alone came after the picture, and sees only the picture and itself: the loss
@@ -106,7 +94,7 @@ class LlavaDigits(Recipe):
         """
         rows = []
         for scene, asked in zip(scenes, questions, strict=True):
-            texts = [([], self.ids(scene.caption))] if captions else []
+            texts: list[tuple[Sequence[int], Sequence[int]]] = [((), self.ids(scene.caption))] if captions else []
             texts += [(self.ids(question.text), self.ids(question.answer)) for question in asked]
             row = [(token, position, 0, IGNORED) for position, token in enumerate(self.prefix)]
             for owner, (given, wanted) in enumerate(texts, start=1):
@@ -115,10 +103,7 @@ class LlavaDigits(Recipe):
                 at = range(len(self.prefix), len(self.prefix) + len(tokens))
                 row += zip(tokens, at, [owner] * len(tokens), labels, strict=True)
             rows.append(row)
-        longest = max(map(len, rows))
-        padding = (self.tokenizer.pad_token_id, 0, -1, IGNORED)
-        whole = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])  # [B, S, 4]
-        tokens, positions, owner, labels = (part.contiguous() for part in whole.unbind(-1))  # [B, S] each
+        tokens, positions, owner, labels = columns(rows, (self.tokenizer.pad_token_id, 0, -1, IGNORED))
         seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])  # [B, S, S], query by key
         return {
             "pixel_values": pixels_of(scenes),
@@ -128,53 +113,21 @@ class LlavaDigits(Recipe):
             "labels": labels,
         }
 
-    def examined(
-        self, split: str, kinds: Sequence[str] = tuple(QUESTION_SHARES)
-    ) -> tuple[list[Question], dict[str, Tensor]]:
-        """One question for each scene of a split, and the inputs that ask it."""
-        scenes = DigitScenes(split, self.evaluated)
-        questions = scenes.asked(kinds=kinds)
-        return questions, self.packed(scenes, [[question] for question in questions])
-
     @staticmethod
-    @torch.no_grad()
-    def matches(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], batch: int = 250) -> Tensor:
-        """Rows [N] bool in which every label is the likeliest token: those that greedy decoding gets right."""
-        model.eval()
-        right = []
-        for start in range(0, len(inputs["input_ids"]), batch):
-            part = {name: value[start : start + batch] for name, value in inputs.items()}
-            label = part.pop("labels")[:, 1:]
-            likeliest = model(**part).logits[:, :-1].argmax(-1)  # [B, S - 1]
-            right.append(((likeliest == label) | (label == IGNORED)).all(1))
-        return torch.cat(right)
+    def likeliest(model: LlavaForConditionalGeneration, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The likeliest token after every position but the last, and the label there."""
+        label = inputs.pop("labels")[:, 1:]
+        return model(**inputs).logits[:, :-1].argmax(-1), label
 
     def loss(self, scenes: DigitScenes) -> Tensor:
         """Cross-entropy of captions and answers."""
-        questions = zip(*(scenes.asked(seed) for seed in range(self.asked)), strict=True)
-        return self.model(**self.packed(scenes, list(questions), captions=True)).loss
-
-    @functools.cached_property
-    def validation(self) -> dict[str, Tensor]:
-        """The inputs of ``score``."""
-        return self.examined("validation")[1]
-
-    def score(self) -> float:
-        """Exact match of the answers."""
-        return self.matches(self.model, self.validation).double().mean().item()
+        return self.model(**self.packed(scenes, self.questions(scenes), captions=True)).loss
 
     def measure(self, split: str) -> dict[str, float]:
-        """Exact match over all kinds of question, of each kind, over plain kinds asked alone, and of captions."""
-        questions, inputs = self.examined(split)
-        right = self.matches(self.model, inputs).double()
-        measured = {self.scored: right.mean().item()}
-        for kind in QUESTION_SHARES:
-            measured[kind] = right[[question.kind == kind for question in questions]].mean().item()
-        plain = self.matches(self.model, self.examined(split, PLAIN_KINDS)[1])
-        measured["plain kinds only"] = plain.double().mean().item()
+        """And captions."""
         scenes = DigitScenes(split, self.evaluated)
         captioned = self.matches(self.model, self.packed(scenes, [()] * len(scenes), captions=True))
-        return measured | {"caption": captioned.double().mean().item()}
+        return super().measure(split) | {"caption": captioned.double().mean().item()}
 
     def about(self) -> str:
         """What it is."""
@@ -191,26 +144,8 @@ on two key-value heads, 384 neurons; one token a word.
 A bare `<image>` asks for a caption, such as "a red 3 top left, a blue 7 bottom right"; give that 24 tokens."""
 
     def results(self, numbers: dict[str, dict[str, float]]) -> str:
-        """Exact match."""
-        asks = {
-            "digit": "what digit is top left ?",
-            "colour": "what colour is top left ?",
-            "digit by colour": "what digit is red ?",
-            "colour by digit": "what colour is the 3 ?",
-            "count": "how many digits are there ?",
-        }
-        rows = [
-            [name, asks.get(name, ""), *(f"{found[name]:.3f}" for found in numbers.values())]
-            for name in next(iter(numbers.values()))
-        ]
-        n = self.evaluated
-        return f"""\
-Exact match of greedy answers to one question for each of {n} scenes, `DigitScenes(split, {n}).asked()`;
-for an empty place the answer is "none". The first row is over all kinds, mixed by `QUESTION_SHARES`; "plain kinds only"
-is `asked(kinds=PLAIN_KINDS)`: digit, colour and count, without the two that must be searched for. Captions are right
-as a whole or wrong.
-
-{table(["", "for example", *numbers], rows)}"""
+        """And of captions."""
+        return f"{super().results(numbers)}\n\nCaptions are right as a whole or wrong."
 
     def method(self) -> str:
         """The loss."""

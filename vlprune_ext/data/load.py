@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import zoo
-from .digits import DIGITS, DIGITS_CLASSES, SOURCES, read_digits
+from .digits import DIGITS, DIGITS_CLASSES, DIGITS_QUESTIONS, SOURCES, read_digits
 from .jsonl import read_jsonl
 from .prepare import Preparer
 from .tensors import Data
@@ -28,11 +28,12 @@ def load_data(
     Parameters
     ----------
     source : str or Path
-        ``"digits"``: DigitScenes, scenes of one to four digits with a caption each, all captions different.
+        ``"digits"``: DigitScenes, scenes of one to four digits with a caption each, all captions different; for a
+        model that only answers questions, the next but one.
         ``"digits-classes"``: scenes of one digit with the ten digits as classes, one prompt for every colour and place;
         at most 320, at which every colour, digit and place occurs once.
         ``"digits-questions"``: scenes with a question each ("what digit is top left ?") and its answer of one word, for
-        a model with an image token.
+        a model with an image token or one made for questions (``BlipForQuestionAnswering``).
         Otherwise a JSONL file; each line is ``{"image": path, "text": str or [str, ...]}`` and, on every line or on
         none, ``"label"``: a class name, and ``"split"``. Paths are relative to the file. Lines with the same image
         become one image with several texts.
@@ -60,6 +61,7 @@ def load_data(
         and labels cover what comes after it; for other models that generate, labels cover the text. Of an
         encoder-decoder such as T5, labels begin with the token that starts the decoder; with images, its encoder is
         given what comes before the text: the image, and a prompt where the text has one in front of an image token.
+        Of ``BlipForQuestionAnswering`` the encoder is given the question, an empty one where the source has none.
 
     Raises
     ------
@@ -74,7 +76,10 @@ def load_data(
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}, expected an int of 0 or more")
     digits = source in SOURCES
+    prepare = Preparer(model, processor, fallback=zoo.path("clip-digits") if digits and model is None else None)
     if digits:
+        if source == DIGITS and prepare.only_answers:
+            source = DIGITS_QUESTIONS
         records, prompts = read_digits(str(source), split, limit, seed)
         name = str(source)
     else:
@@ -85,5 +90,4 @@ def load_data(
             raise ValueError(f"{path} is a folder, expected a JSONL file")
         records, prompts = read_jsonl(path, split, limit, seed, templates)
         name = path.name
-    prepare = Preparer(model, processor, fallback=zoo.path("clip-digits") if digits and model is None else None)
     return prepare(name, split, records, prompts)

@@ -61,9 +61,16 @@ class Preparer:
         self.scored = bool(self.image_token) or (model is not None and getattr(model, "can_generate", lambda: False)())
         config = getattr(model, "config", None)
         text_config: Any = getattr(config, "text_config", config)
+        # BLIP's question answering: an encoder reads the question, a decoder starts with a token of its own.
+        self.only_answers = (
+            self.scored and self.has_images and not self.image_token and "decoder_input_ids" in (self.accepts or ())
+        )
         # Of an encoder-decoder such as T5, the decoder reads this token and then the labels.
         seq2seq = self.scored and getattr(text_config, "is_encoder_decoder", False)
         self.decoder_start: int | None = text_config.decoder_start_token_id if seq2seq else None
+        self.decoder_end: list[int] = []  # what ends labels where the tokenizer does not
+        if self.only_answers:
+            self.decoder_start, self.decoder_end = text_config.bos_token_id, [text_config.sep_token_id]
         if seq2seq and self.decoder_start is None:
             raise ValueError(
                 f"{type(model).__name__}: its config has no decoder_start_token_id, which labels begin with"
@@ -84,16 +91,20 @@ class Preparer:
         texts = [text for record in records for text in record.texts]
         images: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
-        if any(record.question for record in records) and (not self.image_token or self.decoder_start is not None):
+        goes_on = bool(self.image_token) and self.decoder_start is None
+        if any(record.question for record in records) and not (goes_on or self.only_answers):
             raise ValueError(
                 f"{name} asks questions, expected a model that reads an image token and goes on from there"
+                " or one made for questions"
             )
         if self.image_token:
             images, rows = self._images_with_texts(records)
         else:
             if self.has_images:
                 images = self._images(records)
-            if self.has_texts:
+            if self.only_answers:
+                rows = self._texts(texts, True, [record.question for record in records for _ in record.texts])
+            elif self.has_texts:
                 rows = self._texts(texts, scored=self.scored)
         if not self.has_texts:
             owner = list(range(len(records)))
@@ -116,21 +127,27 @@ class Preparer:
             outputs.append({key: value for key, value in output.items() if self._is_input(key, value)})
         return _concatenated(outputs, len(records))
 
-    def _texts(self, texts: Sequence[str], scored: bool = False) -> dict[str, Tensor]:
-        limits = {"truncation": True, "max_length": self.max_length} if self.max_length < 10**6 else {}
+    def _limits(self, spare: int = 0) -> dict[str, Any]:
+        """What cuts a text so that ``spare`` tokens can be added."""
+        return {"truncation": True, "max_length": self.max_length - spare} if self.max_length < 10**6 else {}
+
+    def _texts(
+        self, texts: Sequence[str], scored: bool = False, questions: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        limits = self._limits()
         if self.full_length:
             limits["padding"] = "max_length"
-        output = self.tokenizer(list(texts), **limits)
+        output = self.tokenizer(list(texts if questions is None else questions), **limits)
         rows = [
             {key: torch.tensor(value[i]) for key, value in output.items() if self._is_input(key)}
             for i in range(len(texts))
         ]
-        for row in rows:
+        for row, text in zip(rows, texts, strict=True):
             row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
             if self.full_length:
                 row["attention_mask"].fill_(1)
             if scored and self.decoder_start is not None:
-                row["labels"] = self._decoder_labels(row["input_ids"])
+                row["labels"] = self._decoder_labels(text)
         return self._padded(rows, scored)
 
     def _images_with_texts(self, records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -154,7 +171,7 @@ class Preparer:
                 if record.question:
                     rows[-1]["labels"] = self._answer_labels(rows[-1], record.texts[at])
                 if self.decoder_start is not None:
-                    rows[-1]["labels"] = self._decoder_labels(torch.tensor(self.tokenizer(answer)["input_ids"]))
+                    rows[-1]["labels"] = self._decoder_labels(answer)
                 if at == 0:
                     images.append({k: v for k, v in output.items() if k not in aligned and self._is_input(k, v)})
         return _concatenated(images, len(records)), self._padded(rows, scored=True)
@@ -178,8 +195,11 @@ class Preparer:
             for key in rows[0]
         }
 
-    def _decoder_labels(self, ids: Tensor) -> Tensor:
-        return torch.cat([ids.new_tensor([self.decoder_start]), ids])
+    def _decoder_labels(self, text: str) -> Tensor:
+        """What the decoder reads: the token that starts it, and the text with what ends it."""
+        limits = self._limits(1 + len(self.decoder_end))
+        ids = self.tokenizer(text, add_special_tokens=not self.only_answers, **limits)["input_ids"]
+        return torch.tensor([self.decoder_start, *ids, *self.decoder_end])
 
     def _answer_labels(self, row: dict[str, Tensor], answer: str) -> Tensor:
         """The ids of the answer, at the end of the text, and EOS where the tokenizer puts it there."""
