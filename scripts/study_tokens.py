@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import vlprune_ext as vp
 from vlprune_ext.models import load_model
 from vlprune_ext.token_trials import default_metric, judge
@@ -40,6 +42,17 @@ VARIANTS: dict[str, Variant] = {
     "PLPHP": lambda keep, _: vp.PLPHP(keep, spread=0.75 * keep),
     "LookM": lambda keep, _: vp.LookM(keep),
 }
+# The picture is read before the question comes, as in a conversation: what left the cache cannot be asked for. Answers
+# of one word, which the prefill itself says, show nothing of methods that change the cache after it; this does.
+LATER: dict[str, Variant] = {
+    "question later: RandomTokens": lambda keep, seed: vp.RandomTokens(keep, seed=seed),
+    "question later: FastV, layer 2": lambda keep, _: vp.FastV(2, keep),
+    "question later: PLPHP": lambda keep, _: vp.PLPHP(keep, spread=0.75 * keep),
+    "question later: PLPHP, all blocks": lambda keep, _: vp.PLPHP(keep, spread=0.75 * keep, skip=0),
+    "question later: LookM": lambda keep, _: vp.LookM(keep),
+    "question later: LookM, forgetting": lambda keep, _: vp.LookM(keep, merge=False),
+}
+VARIANTS |= LATER
 CHOICES: dict[str, Variant] = {
     **VARIANTS,
     "VisionZip, contextual 0": lambda keep, _: vp.VisionZip(keep, contextual=0.0),
@@ -73,10 +86,31 @@ class Task:
             return {self.split: judge(self.model, data, {}, self.metric)[0], "share": 1.0}
         try:
             with vp.prune_tokens(self.model, variant(keep, seed)) as pruning:
-                accuracy = vp.evaluate(self.model, data, self.metric, batch_size=100)[self.metric]
+                if variant in LATER.values():
+                    accuracy = self.asked_later(data)
+                else:
+                    accuracy = vp.evaluate(self.model, data, self.metric, batch_size=100)[self.metric]
         except ValueError as error:  # of methods that a model has no use for
             return {"error": str(error)}
         return {self.split: accuracy, "share": round(pruning.share(), 3)}
+
+    @torch.no_grad()
+    def asked_later(self, data: vp.Data) -> float:
+        """Accuracy of the answers' first token, the question being a second forward with the cache of the first."""
+        model: Any = self.model
+        if self.metric != "generated":
+            raise ValueError("nothing is cached between picture and question")
+        right = 0
+        for part in torch.arange(len(data)).split(100):
+            batch = data.batch(part)
+            ids, labels, mask = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
+            end = int((ids == model.config.image_token_id).nonzero()[:, 1].max()) + 1
+            seen = model(input_ids=ids[:, :end], attention_mask=mask[:, :end], pixel_values=batch["pixel_values"])
+            logits = model(input_ids=ids[:, end:], attention_mask=mask, past_key_values=seen.past_key_values).logits
+            first = (labels != -100).int().argmax(1)
+            rows = torch.arange(len(ids))
+            right += int((logits[rows, first - 1 - end].argmax(-1) == labels[rows, first]).sum())
+        return right / len(data)
 
 
 def read(path: Path) -> list[dict]:

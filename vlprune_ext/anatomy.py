@@ -333,7 +333,6 @@ class TowerPaths:
     beside: tuple[str, ...] = ()  # modules that feed what comes after the first block and never change with the tower
     pool: str | None = None  # rows of the last block that are used: "first", "eot", "last", or what predicts "labels"
     feature_layer: str = ""  # config attribute (if it has it) that says whose output is used, if not the last's
-    cls: int = 0  # class tokens in front of the patches
 
 
 @dataclass(frozen=True)
@@ -387,6 +386,12 @@ class Tower:
         """Blocks that are read: those after the last feature layer are not."""
         return max(self.taps(), default=len(self) - 1) + 1
 
+    @property
+    def cls(self) -> int:
+        """How many class tokens are in front of the patches: what a vision tower is says that, not who reads it."""
+        names = ("class_embedding", "cls_token")
+        return int(any(hasattr(module, name) for module in self.before for name in names))
+
     def trim(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop the columns after the last end-of-text token of a batch: a causal tower never looks there."""
         if self.paths.pool != "eot":
@@ -412,7 +417,7 @@ class VisualPaths:
     placeholders: tuple[str, ...] = ("image_token_id",)  # attributes of the config: ids that they take in input_ids
     projector: str = ""  # takes the vision tower's patches and gives the tokens, one by one; "" = they do not match
     reader: str = ""  # cross-attention: the module that is called with encoder_hidden_states
-    prefix: bool = False  # a prompt attends to itself in both directions
+    prefix: bool = False  # tokens whose token_type_ids are 0 see each other in both directions
 
 
 @dataclass(frozen=True)
@@ -490,7 +495,7 @@ _BLIP2 = Family(
 _LLAVA = Family(
     {
         "vision": _vision(
-            "model.vision_tower.", "model.vision_tower.vision_model.", feature_layer="vision_feature_layer", cls=1
+            "model.vision_tower.", "model.vision_tower.vision_model.", feature_layer="vision_feature_layer"
         ),
         "text": TowerPaths(
             ("model.language_model.layers",),
@@ -523,20 +528,18 @@ _LLAMA_TOWER = {
 # Model class -> entry. One class, one entry: what differs between the classes of a model type is just what counts here.
 FAMILIES: dict[str, Family] = {
     "CLIPModel": Family(
-        {"vision": _vision("vision_model.", pool="first", cls=1), "text": _text("text_model.", pool="eot")}, _DUAL_EMBED
+        {"vision": _vision("vision_model.", pool="first"), "text": _text("text_model.", pool="eot")}, _DUAL_EMBED
     ),
-    "CLIPVisionModel": Family(
-        {"vision": _vision("", "vision_model.", config="", pool="first", cls=1)}, {"vision": _pooled}
-    ),
+    "CLIPVisionModel": Family({"vision": _vision("", "vision_model.", config="", pool="first")}, {"vision": _pooled}),
     "SiglipModel": Family({"vision": _vision("vision_model."), "text": _text("text_model.", pool="last")}, _DUAL_EMBED),
     "SiglipVisionModel": Family({"vision": _vision("", "vision_model.", config="")}, {"vision": _pooled}),
     "BlipForImageTextRetrieval": Family(
-        {"vision": _vision("vision_model.", pool="first", cls=1), "text": _text("text_encoder.", pool="first")},
+        {"vision": _vision("vision_model.", pool="first"), "text": _text("text_encoder.", pool="first")},
         {"vision": _blip_image_features, "text": _blip_text_features},
     ),
     "BlipForQuestionAnswering": Family(
         {
-            "vision": _vision("vision_model.", cls=1),
+            "vision": _vision("vision_model."),
             "text": _text("text_encoder.", beside=("vision_model",)),
             "decoder": _text("text_decoder.bert.", beside=("vision_model", "text_encoder")),
         },
@@ -546,7 +549,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "LlavaForConditionalGeneration": _LLAVA,
     "LlavaNextForConditionalGeneration": replace(_LLAVA, visual=VisualPaths()),  # newlines among its tokens
-    "PaliGemmaForConditionalGeneration": replace(_LLAVA, visual=VisualPaths(prefix=True)),
+    "PaliGemmaForConditionalGeneration": replace(
+        _LLAVA, visual=VisualPaths(projector="model.multi_modal_projector", prefix=True)
+    ),
     "InternVLForConditionalGeneration": replace(_LLAVA, visual=VisualPaths()),  # four patches a token
     "Idefics3ForConditionalGeneration": _IDEFICS3,
     "SmolVLMForConditionalGeneration": _IDEFICS3,
@@ -572,8 +577,8 @@ FAMILIES: dict[str, Family] = {
         },
         head="lm_head",
     ),
-    "ViTModel": Family({"vision": _vision("", config="", cls=1)}, {"vision": _pooled}),
-    "ViTForImageClassification": Family({"vision": _vision("vit.", config="", pool="first", cls=1)}),
+    "ViTModel": Family({"vision": _vision("", config="")}, {"vision": _pooled}),
+    "ViTForImageClassification": Family({"vision": _vision("vit.", config="", pool="first")}),
     "LlamaForCausalLM": Family(_LLAMA_TOWER, head="lm_head"),
     "LlamaModel": Family(_LLAMA_TOWER),
 }

@@ -35,7 +35,7 @@ class RandomTokens(DropTokens):
     def score(self, view: View) -> Tensor:
         assert view.ids is not None
         counts = view.visual.sum(1).tolist()
-        rows = [self._draw(ids[ids != 0], count) for ids, count in zip(view.ids.cpu(), counts, strict=True)]
+        rows = [self._draw(ids[ids != 0].long(), count) for ids, count in zip(view.ids.cpu(), counts, strict=True)]
         score = torch.zeros(view.visual.shape, device=view.visual.device)
         return score.masked_scatter(view.visual, torch.cat(rows).to(score))
 

@@ -118,7 +118,8 @@ def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None]) -> 
         if added is None:
             return original(hidden_states, **kwargs)
         query, key, value = _heads(site.inputs[0](hidden_states), 3 * site.units).chunk(3, 1)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
+        dropout = attention.dropout.p if attention.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout)
         return site.out(context.transpose(1, 2).flatten(2)), None
 
     patches.forward(attention, forward)
@@ -187,22 +188,31 @@ def _by_head(query, key, lse, scale, key_mask=None, query_weight=None, causal=Fa
     return received.view(b, hkv, tk)
 
 
-def from_all(query: Tensor, key: Tensor, scale: float, valid: Tensor, causal: bool) -> Tensor:
+def from_all(query: Tensor, key: Tensor, scale: float, valid: Tensor, prefix: list[int]) -> Tensor:
     """[B, Hkv, T]: the attention that each key receives from all tokens, summed over the query heads of each key head.
 
-    valid [B, T] bool; the tokens of a padded sample lie side by side, so that each is one call without a mask.
+    valid [B, T] bool; the tokens of a padded sample lie side by side, so that each is one call without a mask. The
+    first ``prefix[b]`` of them see each other in both directions, the others what is before them.
     """
     b, hkv, tokens, _ = key.shape
     group = query.shape[1] // hkv
     received = key.new_zeros((b, hkv, tokens), dtype=torch.float32)
-    parts = [slice(None)] if bool(valid.all()) else [slice(sample, sample + 1) for sample in range(b)]
-    for part in parts:
+    alike = len(set(prefix)) == 1 and bool(valid.all())
+    for part in [slice(None)] if alike else [slice(sample, sample + 1) for sample in range(b)]:
         start, stop = _span(valid[part][0])
-        keys = key[part, :, start:stop]
-        for head in range(group):  # one of each group at a time
-            queries = query[part, head::group, start:stop]
-            lse = log_sum_exp(queries, keys, scale, causal)
-            received[part, :, start:stop] += _by_head(queries, keys, lse, scale, causal=causal)
+        both = min(prefix[part][0], stop - start)
+        # Where the rows end, whether they are causal, and how many in front were counted before.
+        for end, causal, counted in ((start + both, False, 0), (stop, True, both)):
+            rows = end - start
+            if counted == rows:
+                continue
+            weight = (torch.arange(rows, device=key.device) >= counted).float().expand(len(valid[part]), -1)
+            keys = key[part, :, start:end]
+            for head in range(group):  # one of each group at a time
+                queries = query[part, head::group, start:end]
+                lse = log_sum_exp(queries, keys, scale, causal)
+                by_head = _by_head(queries, keys, lse, scale, query_weight=weight if counted else None, causal=causal)
+                received[part, :, start:end] += by_head
     return received
 
 

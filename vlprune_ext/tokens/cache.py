@@ -25,6 +25,10 @@ class PrunedLayer(DynamicLayer):
         length = super().get_seq_length()
         return length + self.tokens - self.left if length else 0
 
+    def reset(self) -> None:
+        super().reset()
+        self.tokens, self.left, self.valid = 0, 0, None  # what comes next lacks nothing
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.valid is not None:

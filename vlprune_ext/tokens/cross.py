@@ -11,7 +11,7 @@ from .. import ops
 from ..anatomy import Anatomy
 from ..patch import Patches
 from . import attention
-from .decoder import check_stages
+from .checks import check_runs_once, check_stages
 from .features import FeatureTap
 from .method import DropTokens, View, choose, share
 from .record import Pruning
@@ -27,7 +27,7 @@ class CrossStream:
         self.tower = anatomy.tower(visual.tower)
         pruning.tower, pruning.blocks = self.tower.name, len(self.tower)
         self.reader = anatomy.model.get_submodule(visual.reader)
-        self.cls = anatomy.tower("vision").paths.cls
+        self.cls = anatomy.tower("vision").cls
         self.stages = check_stages(method, len(self.tower))
         self.tap = FeatureTap(anatomy, method) if method.reads_features else None
         self.received: dict[int, Tensor] = {}
@@ -51,6 +51,7 @@ class CrossStream:
     def _begin(self, reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self.received.clear()
         self.index = None
+        check_runs_once(self.method, self.tower.container)
         states = kwargs.get("encoder_hidden_states")
         if states is None:
             raise ValueError("encoder_hidden_states: none came; there are no visual tokens to prune")

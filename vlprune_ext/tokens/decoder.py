@@ -19,6 +19,7 @@ from ..anatomy import IGNORED, Anatomy
 from ..patch import Patches
 from . import attention, masks
 from .cache import PrunedLayer, check_cache, put_layer
+from .checks import check_runs_once, check_stages, check_start
 from .method import CacheView, DropTokens, EvictTokens, View, choose, share
 from .record import Pruning
 
@@ -34,6 +35,7 @@ class Prompt:
     visual: Tensor  # [B, T'] bool, of the tokens that are left
     valid: Tensor  # [B, T'] bool, no padding or filler
     row: Tensor  # [B] the last instruction token, among those that are left
+    prefix: list[int]  # tokens in front that see each other in both directions, for each sample
     index: Tensor | None = None  # [B, T'] their places in the sequence; None: all are left
     padded: bool = False  # some are not valid, since samples keep different numbers
 
@@ -56,7 +58,7 @@ class DecoderStream:
             self.first = min(self.stages)
         else:
             self.stages = {}
-            self.first = method.starts(depth)
+            self.first = check_start(method, depth)
         self.placeholders = [
             token for name in visual.placeholders if (token := getattr(anatomy.model.config, name, None)) is not None
         ]
@@ -87,10 +89,11 @@ class DecoderStream:
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.prompt, self._embeddings, self._mask = None, None, None
         self.received.clear()
+        check_runs_once(self.method, self.tower.container)
         given = self.signature.bind_partial(*args, **kwargs).arguments
         cache = given.get("past_key_values")
         if cache is not None and cache.get_seq_length():
-            if given.get("pixel_values") is not None:
+            if given.get("pixel_values") is not None or given.get("mm_encoder_outputs"):
                 raise ValueError("pixel_values: images after the first forward of a sequence are not pruned")
             return
         if cache is not None:
@@ -104,7 +107,9 @@ class DecoderStream:
             raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected [B, T] for token pruning")
         valid = torch.ones_like(visual) if mask is None else mask.bool()
         visual &= valid
-        images, lengths = torch.stack([visual.sum(1), valid.sum(1)]).tolist()
+        types = given.get("token_type_ids") if self.paths.prefix else None
+        both = torch.zeros_like(valid) if types is None else (types == 0) & valid
+        images, lengths, prefix = torch.stack([visual.sum(1), valid.sum(1), both.sum(1)]).tolist()
         if not any(images):
             raise ValueError(f"input_ids: no visual token (id {self.placeholders}) in a batch of {len(ids)}")
         self.prompt = Prompt(
@@ -115,6 +120,7 @@ class DecoderStream:
             visual=visual,
             valid=valid,
             row=_last_instruction(valid, given.get("labels")),
+            prefix=prefix,
         )
         self.pruning.begin(visual)
 
@@ -185,7 +191,10 @@ class DecoderStream:
             prompt,
             visual=visual,
             valid=still_valid,
-            row=((index == prompt.row[:, None]) & still_valid).int().argmax(1),
+            # It may itself be visual, and have left: then the last one kept before it asks.
+            row=(
+                torch.arange(index.shape[1], device=index.device) * ((index <= prompt.row[:, None]) & still_valid)
+            ).amax(1),
             index=places,
             padded=valid is not None,
         )
@@ -250,7 +259,7 @@ class DecoderStream:
                 return
             valid = prompt.valid
             if isinstance(self.method, EvictTokens) and self.method.rows == "all":
-                self.received[layer] = attention.from_all(query, key, scale, valid, causal=not self.paths.prefix)
+                self.received[layer] = attention.from_all(query, key, scale, valid, prompt.prefix)
                 return
             row = prompt.row[:, None]
             asking = ops.compact_tokens(row, [query], [2])[0]
@@ -289,19 +298,6 @@ class DecoderStream:
         return evict
 
 
-def check_stages(method: DropTokens, depth: int) -> dict[int, float]:
-    """The stages of a method. Raises ValueError for a block that a model does not have."""
-    stages = method.stages(depth)
-    first = 1 if method.reads_attention else 0
-    for layer in stages:
-        if not first <= layer < depth:
-            raise ValueError(
-                f"{method.name}: layer {layer}, expected {first} <= layer < {depth}, the blocks of the language model"
-                + (" (it reads the attention of the block before)" if first else "")
-            )
-    return stages
-
-
 def _last_instruction(valid: Tensor, labels: Tensor | None) -> Tensor:
     """[B]: the token that predicts the first label, or the last one where there are no labels."""
     places = torch.arange(valid.shape[1], device=valid.device)
@@ -314,9 +310,17 @@ def _last_instruction(valid: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _spread(of_images: Tensor, visual: Tensor) -> Tensor:
-    """What belongs to the patches of all images [N, P], at the places of the visual tokens [B, T]."""
-    if of_images.numel() != int(visual.sum()):
+    """What belongs to the patches of all images [N, P], at the places of the visual tokens [B, T].
+
+    `generate` looks at the images once and then repeats each sample, for beams or several answers.
+    """
+    images, patches = of_images.shape
+    tokens = visual.sum(1)
+    copies = int(tokens.sum()) // of_images.numel()
+    of_samples = (tokens[:: max(copies, 1)] // patches).tolist()
+    if int(tokens.sum()) != copies * of_images.numel() or sum(of_samples) != images:
         raise ValueError(
-            f"input_ids: {int(visual.sum())} visual tokens for {of_images.numel()} patches; expected one of each"
+            f"input_ids: {int(tokens.sum())} visual tokens for {of_images.numel()} patches; expected one of each"
         )
-    return of_images.new_zeros(visual.shape).masked_scatter(visual, of_images)
+    repeated = torch.cat([part for part in of_images.split(of_samples) for _ in range(copies)])
+    return of_images.new_zeros(visual.shape).masked_scatter(visual, repeated)

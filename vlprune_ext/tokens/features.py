@@ -15,12 +15,12 @@ class FeatureTap:
 
     def __init__(self, anatomy: Anatomy, method: DropTokens) -> None:
         tower = anatomy.tower("vision")
-        if not tower.paths.cls:
+        if not tower.cls:
             raise ValueError(
                 f"{method.name} needs a class token; the vision tower of {type(anatomy.model).__name__} has none"
             )
         self.method, self.keep = method, method.stages(len(tower))[0]
-        self.cls = tower.paths.cls
+        self.cls = tower.cls
         self.site = tower.blocks[tower.depth - 1].sites["head"]
         self.attention: Tensor | None = None  # [N, 1 + P]
         self.keys: Tensor | None = None  # [N, 1 + P, d]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy
 from ..patch import Patches
 from . import attention
+from .checks import check_runs_once
 from .method import MergeTokens
 from .record import Pruning
 
@@ -62,8 +63,9 @@ class MergingTower:
 
     def _begin(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
+        check_runs_once(self.method, self.tower.container)
         images, tokens = hidden.shape[:2]
-        cls = self.tower.paths.cls
+        cls = self.tower.cls
         places = torch.arange(tokens, device=hidden.device)
         self.images = Images(
             patches=tokens - cls,
@@ -80,7 +82,7 @@ class MergingTower:
     def _weight(self) -> Tensor | None:
         images = self.images
         assert images is not None
-        return images.size if images.size.shape[1] < images.patches + self.tower.paths.cls else None
+        return images.size if images.size.shape[1] < images.patches + self.tower.cls else None
 
     def _merge_hook(self, layer: int):
         def merge(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -90,7 +92,7 @@ class MergingTower:
             if not merged:
                 return None
             assert images.keys is not None
-            cls = self.tower.paths.cls
+            cls = self.tower.cls
             images.states, images.size, index = self.method.merge(args[0], images.keys, images.size, merged, cls)
             images.places = images.places.gather(1, index)
             self.pruning.note(layer + 1, images.places, torch.ones_like(images.places, dtype=torch.bool))
@@ -118,12 +120,14 @@ class MergingTower:
         """The merged patches [N, T', D] at their places among all [N, P, D]; zero elsewhere."""
         images = self.images
         assert images is not None
-        places = images.places[:, self.tower.paths.cls :] - self.tower.paths.cls
+        places = images.places[:, self.tower.cls :] - self.tower.cls
         if places.shape[1] != states.shape[1]:
             raise ValueError(
                 f"{self.method.name}: {states.shape[1]} features of an image, {places.shape[1]} patches left; expected"
                 " one of each"
             )
+        if places.shape[1] == images.patches:  # a copy could be laid out otherwise, and the projector round otherwise
+            return states
         full = states.new_zeros(states.shape[0], images.patches, states.shape[2])
         return full.scatter(1, places[..., None].expand_as(states), states)
 
@@ -131,5 +135,5 @@ class MergingTower:
         """[N, P] fp32: 1 where a patch stands for those merged into it."""
         images = self.images
         assert images is not None
-        places = images.places[:, self.tower.paths.cls :] - self.tower.paths.cls
+        places = images.places[:, self.tower.cls :] - self.tower.cls
         return torch.zeros(places.shape[0], images.patches, device=places.device).scatter(1, places, 1.0)

@@ -50,7 +50,7 @@ def prune_tokens(model: nn.Module, method: TokenMethod) -> Iterator[Pruning]:
     ValueError
         A model without visual tokens, a layer that it does not have, a method that needs a class token or a key-value
         cache of visual tokens where there is none, a model within another such block. Later, within the block: a batch
-        without an image, without input_ids, a cache that is not dynamic.
+        without an image, without input_ids, a cache that is not dynamic, gradient checkpointing.
     """
     if not isinstance(method, TokenMethod):
         raise TypeError(f"method is a {type(method).__name__}; expected a TokenMethod such as FastV()")
