@@ -239,13 +239,12 @@ def test_unknown_tower_and_block():
 
 
 def test_register(monkeypatch):
-    monkeypatch.setattr(anatomy, "FAMILIES", dict(anatomy.FAMILIES))
-
     class MyViT(transformers.ViTModel):
         pass
 
     model = MyViT(transformers.ViTConfig(**tiny._VISION))
     with pytest.raises(ValueError, match="MyViT is not known"):
         describe(model)
+    monkeypatch.setitem(anatomy.FAMILIES, "MyViT", None)  # gone again after the test
     anatomy.register("MyViT", Family(anatomy.FAMILIES["ViTModel"].towers))
     assert len(describe(model).tower("vision")) == 4
