@@ -42,6 +42,18 @@ def test_who_asks_matters():
     assert not torch.equal(with_labels, without)
 
 
+def test_labels_in_front_of_an_image_do_not_ask():
+    """Whoever asks has seen all images."""
+    values = oracle.prompts("llava", 4, labels=True)
+    early = values["labels"].clone()
+    early[:, 1:4] = values["input_ids"][:, 1:4]  # as in a conversation with an answer before the picture
+    first, second = (
+        chosen("llava", vp.FastV(keep=0.4), {**values, "labels": labels}).kept[2]
+        for labels in (values["labels"], early)
+    )
+    assert torch.equal(first, second)
+
+
 @layouts
 @pytest.mark.parametrize(("layers", "stages"), [(None, {1: 0.5, 2: 0.25, 3: 0.125}), ((1, 3), {1: 0.5, 3: 0.25})])
 def test_pyramid_drop(n, side, layers, stages):
@@ -114,6 +126,7 @@ def test_div_prune(n, side, layer):
 def test_random_tokens_depend_on_seed_and_text_alone(name):
     values = oracle.prompts(name, 4)
     left = oracle.left_padded(values)
+    left["input_ids"] = left["input_ids"].masked_fill(~oracle.valid(left), 7)  # not every padding is 0
     for seed in range(3):
         method = vp.RandomTokens(keep=0.5, layer=1, seed=seed)
         kept = chosen(name, method, values).kept[1]

@@ -119,7 +119,7 @@ class DecoderStream:
             images=images,
             visual=visual,
             valid=valid,
-            row=_last_instruction(valid, given.get("labels")),
+            row=_last_instruction(valid, visual, given.get("labels")),
             prefix=prefix,
         )
         self.pruning.begin(visual)
@@ -298,13 +298,14 @@ class DecoderStream:
         return evict
 
 
-def _last_instruction(valid: Tensor, labels: Tensor | None) -> Tensor:
-    """[B]: the token that predicts the first label, or the last one where there are no labels."""
+def _last_instruction(valid: Tensor, visual: Tensor, labels: Tensor | None) -> Tensor:
+    """[B]: the token that predicts the first label behind all images, or the last one where there are no labels."""
     places = torch.arange(valid.shape[1], device=valid.device)
     last = (places * valid).amax(1)
     if labels is None:
         return last
-    labelled = (labels != IGNORED) & valid
+    behind = places > (places * visual).amax(1, keepdim=True)
+    labelled = (labels != IGNORED) & valid & behind
     first = (labelled.int().argmax(1) - 1).clamp(min=0)
     return torch.where(labelled.any(1), first, last)
 

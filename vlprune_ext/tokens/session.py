@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -112,8 +113,15 @@ def _install(patches: Patches, anatomy: Anatomy, method: TokenMethod, pruning: P
     stream.install(patches)
 
 
+@dataclass(frozen=True)
 class _Representatives(DropTokens):
     """Behind a vision tower that merged its tokens: those that stand for others."""
+
+    of: str = ""  # the method that merged them
+
+    @property
+    def name(self) -> str:
+        return self.of
 
     def stages(self, blocks: int) -> dict[int, float]:
         return {0: 1.0}
@@ -132,7 +140,7 @@ def _merge(patches: Patches, anatomy: Anatomy, method: MergeTokens, pruning: Pru
     if visual is None or visual.reader:
         return
     check_projector(anatomy, method)
-    stream = DecoderStream(anatomy, _Representatives(), Pruning())
+    stream = DecoderStream(anatomy, _Representatives(method.name), Pruning())
 
     def spread(states: Tensor) -> Tensor:
         stream.summary = tower.kept()
