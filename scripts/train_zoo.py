@@ -127,7 +127,6 @@ def train(
     print(f"{name}: {recipe.parameters:,} parameters, {threads} threads", flush=True)
     for at in range(progress.stage, len(stages)):
         print(stages[at], flush=True)
-        recipe.stage = at
         done = sum(stage.steps for stage in stages[:at])
         train_stage(recipe, stages[at], seed * 1_000_000 + done, progress, state)
         progress.stage, progress.step, state = at + 1, 0, {}

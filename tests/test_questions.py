@@ -77,5 +77,5 @@ def test_a_model_made_for_questions_is_asked_some(tmp_path):
     data = vp.load_data(tmp_path / "data.jsonl", model=blip.model)
     assert data.texts["input_ids"].tolist() == [[begin, end]]
     red = tokenizer.convert_tokens_to_ids("red")
-    assert data.texts["labels"].tolist() == [[begin, *[red] * 14, end]]  # cut to the decoder's 16 positions
+    assert data.texts["labels"].tolist() == [[begin, *[red] * 22, end]]  # cut to the decoder's 24 positions
     assert vp.evaluate(blip.model, data)["lm_loss"] > 0

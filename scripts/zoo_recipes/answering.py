@@ -103,10 +103,3 @@ for an empty place the answer is "none". The first row is over all kinds, mixed 
 is `asked(kinds=PLAIN_KINDS)`: digit, colour and count, without the two that must be searched for.
 
 {table(["", "for example", *numbers], rows)}"""
-
-
-def columns(rows: Sequence[Sequence[tuple[int, ...]]], padding: tuple[int, ...]) -> list[Tensor]:
-    """[B, S] each, from rows of tuples; shorter rows are padded."""
-    longest = max(map(len, rows))
-    whole = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])  # [B, S, len(padding)]
-    return [part.contiguous() for part in whole.unbind(-1)]

@@ -23,7 +23,7 @@ from transformers import (
 from vlprune_ext import zoo
 from vlprune_ext.zoo.digit_scenes import COLOURS, POSITIONS, DigitScenes, Question
 
-from .answering import IGNORED, WORDS, Answering, Inputs, columns
+from .answering import WORDS, Answering, Inputs
 from .card import PURPOSE
 from .recipe import Stage, image_processor, pixels_of, word_tokenizer
 
@@ -32,12 +32,9 @@ class BlipDigits(Answering):
     """BLIP on the vision tower of clip-digits: questions with answers."""
 
     name = "blip-digits"
-    stages = (
-        Stage(steps=1200, batch=32, objects=(1, 2, 3, 4), alike=1, rate=1e-3),  # what is where, and colours
-        Stage(steps=600, batch=32, objects=(1, 2, 3, 4), alike=1, rate=7e-4),  # digits, from any patch
-    )
+    stages = (Stage(steps=700, batch=32, objects=(1, 2, 3, 4), alike=1, rate=1e-3),)
     tags = "blip, visual-question-answering, vlprune-ext"
-    asked = 8
+    asked = 6
 
     def __init__(self) -> None:
         self.processor = BlipProcessor(image_processor(), self.make_tokenizer(max_length=24))
@@ -77,30 +74,15 @@ class BlipDigits(Answering):
         return model
 
     def packed(self, scenes: DigitScenes, questions: Sequence[Sequence[Question]]) -> Inputs:
-        """One row a scene; each text has positions as if it were alone, each decoder text sees its own question."""
-        special = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        asked: list[list[tuple[int, ...]]] = [[] for _ in scenes]
-        answered: list[list[tuple[int, ...]]] = [[] for _ in scenes]
-        for of_scene, read, written in zip(questions, asked, answered, strict=True):
-            for owner, question in enumerate(of_scene):
-                ids = [special[0], *self.ids(question.text), special[1]]
-                read += zip(ids, range(len(ids)), [owner] * len(ids), strict=True)
-                wanted = [*self.ids(question.answer), special[1]]
-                given = [special[0], *wanted[:-1]]
-                written += zip(given, range(len(given)), [owner] * len(given), wanted, strict=True)
-        padding = self.tokenizer.pad_token_id, 0, -1
-        ids, positions, owner = columns(asked, padding)
-        said, said_positions, said_owner, labels = columns(answered, (*padding, IGNORED))
+        """One row a scene, with as many questions each: ids and mask [B, Q, S], what the decoder reads [B, Q, 3]."""
+        shape = len(questions), len(questions[0]), -1
+        asked = self.tokenizer([question.text for of_scene in questions for question in of_scene], padding=True)
+        answers = self.tokenizer([question.answer for of_scene in questions for question in of_scene])
         return {
             "pixel_values": pixels_of(scenes),
-            "input_ids": ids,
-            "position_ids": positions,
-            "attention_mask": _hidden(owner[:, :, None] == owner[:, None, :]),
-            "decoder_input_ids": said,
-            "decoder_position_ids": said_positions,
-            "decoder_attention_mask": _hidden((said_owner[:, :, None] == said_owner[:, None, :]).tril()),
-            "cross_attention_mask": _hidden(said_owner[:, :, None] == owner[:, None, :]),
-            "labels": labels,
+            "input_ids": torch.tensor(asked["input_ids"]).view(shape),
+            "attention_mask": torch.tensor(asked["attention_mask"]).view(shape),
+            "labels": torch.tensor(answers["input_ids"]).view(shape),
         }
 
     @staticmethod
@@ -110,32 +92,39 @@ class BlipDigits(Answering):
 
     @staticmethod
     def said(model: BlipForQuestionAnswering, inputs: Inputs, image: Tensor) -> Tensor:
-        """[B, T, V]: what the decoder says. The model's own forward takes no positions, so its parts are called."""
+        """[B, Q, 2, V]: what the decoder says after each token but the last.
+
+        The model's own forward would look at a picture anew for each question. Here all lie in one row, where each sees
+        itself alone. They are taken apart before they are decoded, since BLIP's cross-attention ignores masks.
+        """
+        ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        batch, asked, length = ids.shape
+        owner = torch.arange(asked).repeat_interleave(length)
+        hidden = (owner[:, None] != owner) | (mask.flatten(1) == 0)[:, None]  # [B, Q * S, Q * S]
         question = model.text_encoder(
-            input_ids=inputs["input_ids"],
-            position_ids=inputs["position_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=ids.flatten(1),
+            position_ids=torch.arange(length).repeat(asked)[None],
+            attention_mask=torch.zeros(hidden.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)[:, None],
             encoder_hidden_states=image,
         ).last_hidden_state
-        return model.text_decoder(
-            input_ids=inputs["decoder_input_ids"],
-            position_ids=inputs["decoder_position_ids"],
-            attention_mask=inputs["decoder_attention_mask"],
-            encoder_hidden_states=question,
-            encoder_attention_mask=inputs["cross_attention_mask"],
+        decoded = model.text_decoder(
+            input_ids=labels.flatten(0, 1)[:, :-1],
+            encoder_hidden_states=question.view(batch * asked, length, -1),
             use_cache=False,
-        ).logits
+        )
+        return decoded.logits.view(batch, asked, labels.shape[-1] - 1, -1)
 
     @classmethod
     def likeliest(cls, model: BlipForQuestionAnswering, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The likeliest token at every position, and the label there."""
-        return cls.said(model, inputs, cls.seen(model, inputs)).argmax(-1), inputs["labels"]
+        said = cls.said(model, inputs, cls.seen(model, inputs))
+        return said.argmax(-1).flatten(1), inputs["labels"][..., 1:].flatten(1)
 
     @classmethod
     def of_answers(cls, model: BlipForQuestionAnswering, inputs: Inputs, image: Tensor | None = None) -> Tensor:
         """Cross-entropy of the answers."""
         said = cls.said(model, inputs, cls.seen(model, inputs) if image is None else image)
-        return F.cross_entropy(said.flatten(0, 1), inputs["labels"].flatten())
+        return F.cross_entropy(said.flatten(0, 2), inputs["labels"][..., 1:].flatten())
 
     def shown(self, scenes: DigitScenes) -> Tensor:
         """[B, 4, 4]: the words for digit, colour, row and column of every place; "none" for the two that it lacks."""
@@ -147,17 +136,12 @@ class BlipDigits(Answering):
         return torch.tensor(words)
 
     def loss(self, scenes: DigitScenes) -> Tensor:
-        """Cross-entropy of answers, and of the words for each place: what does not say where it is is hard to find.
-
-        The words are those of the place's mean patch in the first stage, of each of its patches in the second.
-        """
+        """Cross-entropy of answers, and of the words for each place in its patches, where questions then find them."""
         inputs = self.packed(scenes, self.questions(scenes))
         image = self.seen(self.model, inputs)
         half = math.isqrt(image.shape[1] - 1) // 2
-        patch = image[:, 1:].unflatten(1, (2, half, 2, half)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
-        if not self.stage:
-            patch = patch.mean(2, keepdim=True)  # [B, 4, n, D], n = 1
-        words = self.shown(scenes)[:, :, None].expand(-1, -1, patch.shape[2], -1)  # [B, 4, n, 4]
+        patch = image[:, 1:].unflatten(1, (2, half, 2, half)).transpose(2, 3)  # [B, 2, 2, half, half, D]
+        words = self.shown(scenes).view(-1, 2, 2, 1, 1, 4).expand(*patch.shape[:-1], 4)
         named = -self.model.text_decoder.cls(patch).log_softmax(-1).gather(-1, words).mean()
         return self.of_answers(self.model, inputs, image) + named
 
@@ -168,25 +152,20 @@ A BLIP of {self.parameters:,} parameters that answers questions about DigitScene
 coloured and placed on a grid. The vision tower began as that of clip-digits (six layers of width 128, four heads of 32,
 512 neurons; 48-pixel pictures in 8-pixel patches: 36 tokens and the class token); three layers read the question and
 look at the picture, three write the answer from what was read, all of width 128 with four heads and 256 neurons; one
-token a word. {PURPOSE}
+token a word.
+{PURPOSE}
 
     inputs = processor(images=[picture], text=["what digit is top left ?"], return_tensors="pt")
-    model.generate(**inputs)
+    model.generate(**inputs, max_new_tokens=2)
 
-Questions of one batch should have as many words as each other: transformers' `generate` looks at padding too."""
+The decoder of transformers' BLIP sees the padding of a batch's questions; the recipe trains with padding too."""
 
     def method(self) -> str:
         """The loss."""
         return (
             f"Cross-entropy of the answers to {self.asked} of each scene's questions, and of the words for digit,\n"
-            "colour, row and column in what the decoder's head makes of the mean patch of each place (first\n"
-            "stage) or of every patch (second), all weights"
+            "colour, row and column in what the decoder's head makes of every patch, all weights"
         )
-
-
-def _hidden(seen: Tensor) -> Tensor:
-    """[B, Q, K] bool -> [B, 1, Q, K] to add to attention scores."""
-    return torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
 @torch.no_grad()

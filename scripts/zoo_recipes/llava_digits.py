@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import (
     CLIPModel,
@@ -19,7 +20,7 @@ from transformers import (
 from vlprune_ext import zoo
 from vlprune_ext.zoo.digit_scenes import DigitScenes, Question
 
-from .answering import IGNORED, WORDS, Answering, Inputs, columns
+from .answering import IGNORED, WORDS, Answering, Inputs
 from .card import PURPOSE
 from .recipe import Stage, image_processor, pixels_of, word_tokenizer
 
@@ -103,7 +104,10 @@ class LlavaDigits(Answering):
                 at = range(len(self.prefix), len(self.prefix) + len(tokens))
                 row += zip(tokens, at, [owner] * len(tokens), labels, strict=True)
             rows.append(row)
-        tokens, positions, owner, labels = columns(rows, (self.tokenizer.pad_token_id, 0, -1, IGNORED))
+        longest = max(map(len, rows))
+        padding = (self.tokenizer.pad_token_id, 0, -1, IGNORED)
+        whole = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])  # [B, S, 4]
+        tokens, positions, owner, labels = (part.contiguous() for part in whole.unbind(-1))  # [B, S] each
         seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])  # [B, S, S], query by key
         return {
             "pixel_values": pixels_of(scenes),

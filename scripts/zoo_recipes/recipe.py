@@ -38,7 +38,6 @@ class Recipe(ABC):
     scored: ClassVar[str]  # what ``score`` is, the number by which weights are kept
     every: ClassVar[int] = 50  # steps from one score to the next
     evaluated: ClassVar[int] = 1000  # scenes of the validation and test sets
-    stage: int = 0  # the one at work
     model: PreTrainedModel
     processor: ProcessorMixin
 
