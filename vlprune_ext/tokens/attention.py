@@ -188,25 +188,25 @@ def _by_head(query, key, lse, scale, key_mask=None, query_weight=None, causal=Fa
     return received.view(b, hkv, tk)
 
 
-def from_all(query: Tensor, key: Tensor, scale: float, valid: Tensor, prefix: list[int]) -> Tensor:
+def from_all(query: Tensor, key: Tensor, scale: float, spans: list[tuple[int, int]], prefix: list[int]) -> Tensor:
     """[B, Hkv, T]: the attention that each key receives from all tokens, summed over the query heads of each key head.
 
-    valid [B, T] bool; the tokens of a padded sample lie side by side, so that each is one call without a mask. The
-    first ``prefix[b]`` of them see each other in both directions, the others what is before them.
+    A sample's tokens lie side by side, from ``spans[b][0]`` to ``spans[b][1]``, so that no call needs a mask. The first
+    ``prefix[b]`` of them see each other in both directions, the others what is before them.
     """
     b, hkv, tokens, _ = key.shape
     group = query.shape[1] // hkv
     received = key.new_zeros((b, hkv, tokens), dtype=torch.float32)
-    alike = len(set(prefix)) == 1 and bool(valid.all())
+    alike = len({*zip(spans, prefix, strict=True)}) == 1
     for part in [slice(None)] if alike else [slice(sample, sample + 1) for sample in range(b)]:
-        start, stop = _span(valid[part][0])
+        start, stop = spans[part][0]
         both = min(prefix[part][0], stop - start)
         # Where the rows end, whether they are causal, and how many in front were counted before.
         for end, causal, counted in ((start + both, False, 0), (stop, True, both)):
             rows = end - start
             if counted == rows:
                 continue
-            weight = (torch.arange(rows, device=key.device) >= counted).float().expand(len(valid[part]), -1)
+            weight = (torch.arange(rows, device=key.device) >= counted).float().expand(len(spans[part]), -1)
             keys = key[part, :, start:end]
             for head in range(group):  # one of each group at a time
                 queries = query[part, head::group, start:end]
@@ -214,8 +214,3 @@ def from_all(query: Tensor, key: Tensor, scale: float, valid: Tensor, prefix: li
                 by_head = _by_head(queries, keys, lse, scale, query_weight=weight if counted else None, causal=causal)
                 received[part, :, start:end] += by_head
     return received
-
-
-def _span(valid: Tensor) -> tuple[int, int]:
-    places = valid.nonzero()
-    return int(places[0]), int(places[-1]) + 1

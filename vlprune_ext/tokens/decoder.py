@@ -36,6 +36,7 @@ class Prompt:
     valid: Tensor  # [B, T'] bool, no padding or filler
     row: Tensor  # [B] the last instruction token, among those that are left
     prefix: list[int]  # tokens in front that see each other in both directions, for each sample
+    spans: list[tuple[int, int]]  # where each sample begins and ends between its padding
     index: Tensor | None = None  # [B, T'] their places in the sequence; None: all are left
     padded: bool = False  # some are not valid, since samples keep different numbers
 
@@ -109,7 +110,12 @@ class DecoderStream:
         visual &= valid
         types = given.get("token_type_ids") if self.paths.prefix else None
         both = torch.zeros_like(valid) if types is None else (types == 0) & valid
-        images, lengths, prefix = torch.stack([visual.sum(1), valid.sum(1), both.sum(1)]).tolist()
+        places = torch.arange(ids.shape[1], device=ids.device)
+        start, stop = valid.int().argmax(1), (places * valid).amax(1) + 1
+        # Once a prefill, the host waits for the device.
+        images, lengths, prefix, starts, stops = torch.stack(
+            [visual.sum(1), valid.sum(1), both.sum(1), start, stop]
+        ).tolist()
         if not any(images):
             raise ValueError(f"input_ids: no visual token (id {self.placeholders}) in a batch of {len(ids)}")
         self.prompt = Prompt(
@@ -121,6 +127,7 @@ class DecoderStream:
             valid=valid,
             row=_last_instruction(valid, visual, given.get("labels")),
             prefix=prefix,
+            spans=list(zip(starts, stops, strict=True)),
         )
         self.pruning.begin(visual)
 
@@ -259,7 +266,7 @@ class DecoderStream:
                 return
             valid = prompt.valid
             if isinstance(self.method, EvictTokens) and self.method.rows == "all":
-                self.received[layer] = attention.from_all(query, key, scale, valid, prompt.prefix)
+                self.received[layer] = attention.from_all(query, key, scale, prompt.spans, prompt.prefix)
                 return
             row = prompt.row[:, None]
             asking = ops.compact_tokens(row, [query], [2])[0]
