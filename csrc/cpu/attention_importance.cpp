@@ -28,7 +28,7 @@ static_assert(kChunkQueries * kBlockKeys <= kKeptFloats && kFewKeys % kLanes == 
 
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// What is added to a row's scaled scores: minus infinity, so that all its p are 0, where no key was visible.
+// What is added to a row's scaled scores: minus infinity where no key was visible.
 VLPRUNE_INLINE float minus_lse(float lse) { return lse == -__builtin_inff() ? lse : -lse; }
 
 VLPRUNE_INLINE Vec first_lanes_of(Vec v, int64_t count) {
@@ -68,15 +68,16 @@ struct Weigh {
   float* sum;              // [block], of this head or, for the maximum, of all
   float* best;             // [chunk, kBlockKeys], the maximum over the heads so far
   float scale, head_weight;
-  bool first, last, causal;
+  bool first, last;
+  bool blind;         // whether a query saw no key: then its scores may be anything, NaN too
   int64_t first_key;  // of the block
-  int64_t visible;    // if causal, keys that the chunk's first query sees (or less than 0); the next sees one more
+  int64_t visible;    // keys that the chunk's first query sees (or less than 0); the next sees one more
 
   VLPRUNE_INLINE void prefetch(int64_t, int64_t) const {}
 
   template <int R>
   VLPRUNE_INLINE void tile(const Tile<R>& tile, int64_t row, int64_t rows, int64_t column, int64_t width) const {
-    if (!causal || visible + row >= column + width) {
+    if (!blind && visible + row >= column + width) {
       weigh<R, true>(tile, row, rows, column);
     } else if (visible + row + rows > column + 1) {
       weigh<R, false>(tile, row, rows, column);
@@ -94,7 +95,7 @@ struct Weigh {
         if (r >= rows) break;
         Vec p = exp(fmadd(tile.sum[r][i], broadcast(scale), broadcast(minus_lse[row + r])));
         if constexpr (!kWhole) {
-          const int64_t count = visible + row + r - column - i * kLanes;
+          const int64_t count = minus_lse[row + r] == -__builtin_inff() ? 0 : visible + row + r - column - i * kLanes;
           if (count < kLanes) p = count > 0 ? first_lanes_of(p, count) : zero();
         }
         if constexpr (kMax) {
@@ -127,8 +128,10 @@ void block_of_keys(const AttentionImportance& args, int64_t b, int64_t key, int6
     const int64_t queries = smaller(kChunkQueries, query_end - query);
     for (int64_t h = 0; h < args.h; ++h) {
       const float head_weight = of.head_weight(b, h);
+      bool blind = false;
       for (int64_t i = 0; i < queries; ++i) {
         minus[i] = minus_lse(of.lse(b, h)[query + i]);
+        blind |= minus[i] == -__builtin_inff();
         weight[i] = of.query_weight(b, query + i) * (kMax ? 1.0f : head_weight);
       }
       for (int64_t j = 0; j < kBlockKeys; ++j) sum[j] = 0.0f;
@@ -141,9 +144,9 @@ void block_of_keys(const AttentionImportance& args, int64_t b, int64_t key, int6
                         head_weight,
                         first,
                         last,
-                        args.causal,
+                        blind,
                         key,
-                        query + args.tk - args.tq + 1};
+                        args.causal ? query + args.tk - args.tq + 1 : args.tk};
       multiply(Rows<T>{of.q(b, h) + query * args.q_strides[2], args.q_strides[2]}, 0, queries,
                Rows<T>{of.k(b, h), args.k_strides[2]}, key, keys, args.d, visit);
       if (!kMax || last)
@@ -218,8 +221,9 @@ void few_queries(const AttentionImportance& args, int threads) {
             const bool ahead = h == first_head && i == 0 && j + kLanes < keys;
             const Vec scores = ahead ? dots<true>(query, k, args.k_strides[2], keys - j, args.d)
                                      : dots<false>(query, k, args.k_strides[2], keys - j, args.d);
-            Vec p = exp(fmadd(scores, broadcast(args.scale), broadcast(minus_lse(of.lse(b, h)[i]))));
-            const int64_t count = of.visible(i) - key - j;
+            const float minus = minus_lse(of.lse(b, h)[i]);
+            Vec p = exp(fmadd(scores, broadcast(args.scale), broadcast(minus)));
+            const int64_t count = minus == -__builtin_inff() ? 0 : of.visible(i) - key - j;
             if (count < kLanes) p = count > 0 ? first_lanes_of(p, count) : zero();
             p = mul(p, head_weight);
             if constexpr (kMax) {

@@ -53,7 +53,7 @@ struct Params {
   bool vector;  // all rows start at multiples of 16 bytes, and d is one of kVector<T>
 };
 
-// What is added to a row's scaled scores: minus infinity, so that all its p are 0, where no key was visible.
+// What is added to a row's scaled scores: minus infinity where no key was visible.
 __device__ __forceinline__ float minus_lse(float lse) { return lse == -INFINITY ? lse : -lse; }
 
 // fp32: within 1 unit in the last place; fp16/bf16: within 2 + 1.2 |x| of them.
@@ -153,15 +153,17 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM<Tile, kMax>)
       const float head_weight = head_weight_of(p, b, place.head);
       const float* lse = p.lse + (b * p.h + place.head) * p.tq;
       // Columns that the tile's first row sees; each one after it sees one more.
-      const int sees = static_cast<int>(
-          max(min(place.query() + p.tk - p.tq + 1 - key, int64_t{Tile::kCols}), int64_t{-Tile::kRows}));
+      const int64_t visible = p.causal ? place.query() + p.tk - p.tq + 1 - key : Tile::kCols;
+      const int sees = static_cast<int>(max(min(visible, int64_t{Tile::kCols}), int64_t{-Tile::kRows}));
       float minus[kRows], weight[kRows];
+      bool blind = false;  // whether a row saw no key: then its scores may be anything, NaN too
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int64_t i = place.query() + tile.row(r);
         const bool exists = i < p.tq;
         minus[r] = exists ? minus_lse(__ldg(lse + i)) : -INFINITY;
         weight[r] = exists ? query_weight_of(p, b, i) * (kMax ? 1.0f : head_weight) : 0.0f;
+        blind |= exists && minus[r] == -INFINITY;
       }
       const auto weigh_tile = [&](auto whole_tile) {
         constexpr bool kWhole = decltype(whole_tile)::value;  // else some rows do not see some columns
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM<Tile, kMax>)
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             float x = exp_of<T>(fmaf(tile.value(r, c / kWidth, c % kWidth), p.scale, minus[r]));
-            if (!kWhole && column >= sees + tile.row(r)) x = 0.0f;
+            if (!kWhole && (column >= sees + tile.row(r) || minus[r] == -INFINITY)) x = 0.0f;
             if constexpr (kMax) {
               x *= head_weight;
               x = first_head ? x : fmaxf(best[r][c], x);
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM<Tile, kMax>)
           if (!kMax || last_head) sum[c] += of_tile;
         }
       };
-      if (!p.causal || sees >= Tile::kCols) {
+      if (sees >= Tile::kCols && !blind) {
         weigh_tile(std::true_type{});
       } else {
         weigh_tile(std::false_type{});
@@ -297,7 +299,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_queries_kernel(const __gri
           score += __shfl_xor_sync(0xffffffffu, score, lane_bit);
         }
         float value = exp_of<T>(fmaf(score, p.scale, minus));
-        if (p.causal && key + slot + 4 * x > i + p.tk - p.tq) value = 0.0f;
+        if (minus == -INFINITY || (p.causal && key + slot + 4 * x > i + p.tk - p.tq)) value = 0.0f;
         value *= head_weight;
         if constexpr (kMax) {
           float& best = totals[warp][i][slot + 4 * x];  // one lane's own

@@ -142,13 +142,18 @@ def test_masked_scores_may_overflow(queries, device):
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("queries", [2, 50])
-def test_rows_that_saw_no_key_give_nothing(queries, reduce, device):
-    q, k = make((2, 3, 1, queries, 60, 8), torch.float32, device)
+def test_rows_that_saw_no_key_give_nothing(queries, reduce, dtype, device):
+    q, k = make((2, 3, 1, queries, 60, 8), dtype, device)
     lse = lse_of(q, k)
     lse[0, :, 1] = -torch.inf
     lse[1] = -torch.inf
     out = check(q, k, lse, reduce=reduce)
     assert bool((out[1] == 0).all())
+    for strange in (torch.nan, torch.inf, -torch.inf):  # as the state of padding may be
+        q[0, :, 1], q[1] = strange, strange
+        assert torch.equal(ops.attention_importance(q, k, lse, reduce=reduce), out)
+        causal = ops.attention_importance(q, k, lse, reduce=reduce, causal=True)
+        assert bool(causal.isfinite().all())
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

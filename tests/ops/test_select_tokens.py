@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from ops.pruning import INF, ISAS, KINDS, NAN, nan_patterns, rows_far_apart, signs
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vlprune_ext import _native, ops, reference
 
@@ -187,6 +188,17 @@ def test_compile_fullgraph(device):
 
     compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(score, protected), select(score, protected))
+
+
+def test_compiled_once_for_every_keep(device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda score: ops.select_tokens(score, score.shape[1] // 3), fullgraph=True, backend=counter, dynamic=True
+    )
+    for tokens in (30, 50, 71):
+        score = torch.randn(2, tokens, device=device)
+        assert torch.equal(compiled(score), ops.select_tokens(score, tokens // 3))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.gpu

@@ -22,6 +22,8 @@ def expect_tensors(**values: object) -> None:
 
 
 def expect_int(name: str, value: object) -> int:
+    if type(value) is int or isinstance(value, torch.SymInt):  # which operator.index would fix to one number
+        return value  # type: ignore[return-value]
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
