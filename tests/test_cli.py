@@ -422,7 +422,7 @@ def test_broken_models(what, message, tiny, tmp_path):
 
 def test_unknown_zoo_name():
     error = refused("score", "clip-letters", code=1)
-    assert "clip-letters: no such model folder, and the zoo has clip-digits" in error
+    assert "clip-letters: no such model folder, and the zoo has blip-digits, clip-digits" in error
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def params(model):
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize("name", tiny.EVERY)
 def test_towers_and_units(name):
     model = tiny.build(name)
     towers = describe(model).towers
@@ -59,7 +59,7 @@ def test_towers_and_units(name):
             assert list(block.sites) == list(expected), "in the order in which they run"
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize("name", tiny.EVERY)
 def test_widths_and_projections_agree(name):
     model = tiny.build(name)
     of_model = set(model.modules())
@@ -76,7 +76,7 @@ def test_widths_and_projections_agree(name):
             assert (block.norm is None) == post_norm
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize("name", tiny.EVERY)
 def test_sites_run_as_described(name):
     """The output projection's input has units * width columns, and `module` returns what `out` returns."""
     model = tiny.build(name)
@@ -97,7 +97,7 @@ def test_sites_run_as_described(name):
             torch.testing.assert_close(returned, seen["out"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize("name", tiny.EVERY)
 def test_parameters_of_a_unit_and_a_block(name):
     """What `unit_params` and `params` promise is what a removal frees."""
     for tower, blocks in describe(tiny.build(name)).shape().items():

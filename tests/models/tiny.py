@@ -33,12 +33,12 @@ LAYERWISE = (
     "paligemma",
     "internvl",
     "idefics3",
-    "smolvlm",
 )
 ALL = NAMES + LAYERWISE
+EVERY = (*ALL, "smolvlm")  # which is Idefics3 under another name: most tests do with one of them
 DUAL = ("clip", "siglip", "blip_itr")  # two towers that embed
 ENCODER_DECODER = ("blip_vqa", "t5", "blip2_t5", "instruct_t5")  # labels enter the decoder
-GENERATIVE = ("blip_vqa", "llava", "llama", *LAYERWISE)  # texts with labels
+GENERATIVE = ("blip_vqa", "llava", "llama", *LAYERWISE, "smolvlm")  # texts with labels
 TEXT_ONLY = ("llama", "t5", "opt", "opt_post_norm")
 # Surgery takes no blocks out of these: T5's first holds the position bias of all, Qwen's config says which attend how.
 WHOLE = ("T5Block", "Qwen2_5_VLVisionBlock")
