@@ -73,7 +73,7 @@ sanitizer() { echo "compute-sanitizer --tool $1 --kernel-regex kns=vlprune --rep
 op_tests="tests/ops -m gpu --deselect tests/ops/test_native.py"
 
 ( # shellcheck disable=SC2046,SC2086
-  part tests 330 $(pytest tests $workers --durations=15)
+  part tests 300 $(pytest tests $workers --durations=15)
   exit ${#failed}
 ) &
 tests=$!
@@ -95,7 +95,7 @@ wait $racecheck || failed="$failed racecheck"
 
 # ---- benchmarks, alone on the machine ----
 # shellcheck disable=SC2046
-part bench 120 $(pytest benchmarks -o "python_files=bench_*.py" --bench-out "$OUT" --bench-name results)
+part bench 180 $(pytest benchmarks -o "python_files=bench_*.py" --bench-out "$OUT" --bench-name results)
 
 echo "gpu-check: $(($(now) - start)) s in all, logs in $OUT"
 [ -f "$OUT/results.md" ] && cat "$OUT/results.md"
