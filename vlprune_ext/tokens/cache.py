@@ -27,6 +27,8 @@ class PrunedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
+        self.keys = self.values = None  # transformers 5.17 leaves zeros
+        self.is_initialized = False
         self.tokens, self.left, self.valid = 0, 0, None  # what comes next lacks nothing
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
