@@ -8,6 +8,7 @@ what comes next. So labels, losses and `generate` need no change. Only the block
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,7 +75,8 @@ class DecoderStream:
         patches.pre_hook(self.anatomy.model, self._begin, with_kwargs=True)
         blocks = list(self.tower.container)
         for layer in range(self.first, len(blocks)):
-            patches.pre_hook(blocks[layer], self._enter_hook(layer), with_kwargs=True)
+            # Not a hook: those of every block would cost more than all else here, at every generated token.
+            patches.forward(blocks[layer], self._entering(layer, blocks[layer].forward))
         if isinstance(self.method, EvictTokens):
             for layer in range(self.first, len(blocks)):
                 attention.watch(patches, self.sites[layer], self._watcher(layer))
@@ -133,13 +135,16 @@ class DecoderStream:
 
     # --- one block ---------------------------------------------------------------------------------------------------
 
-    def _enter_hook(self, layer: int):
-        def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            if self.prompt is None:
-                return self._decode(layer, args, kwargs)
-            return self._prefill(layer, args, kwargs)
+    def _entering(self, layer: int, forward: Callable) -> Callable:
+        """The forward of a block that sees fewer tokens."""
 
-        return enter
+        def run(*args: Any, **kwargs: Any) -> Any:
+            changed = (self._decode if self.prompt is None else self._prefill)(layer, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+            return forward(*args, **kwargs)
+
+        return run
 
     def _prefill(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         assert self.prompt is not None
