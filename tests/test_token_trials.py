@@ -224,6 +224,7 @@ def test_command_asks_about_a_picture_of_the_user(tmp_path, scene):
         (["llava-digits", "--set", "depth=2"], "--set: 'depth=2', expected FIELD=VALUE, a field of fastv: ", 2),
         (["llava-digits", "--set", "layer=9"], "FastV: layer 9, expected 1 <= layer < 4", 1),
         (["llava-digits", "--question", "what?"], "--image and --question: one without the other", 2),
+        (["llava-digits", "--image", __file__, "--question", " "], "--question: it is empty", 2),
         (["llava-digits", "--image", "nowhere.png", "--question", "q"], "--image: nowhere.png, no such file", 2),
         (["clip-digits"], "a CLIPModel does not answer questions", 1),
     ],

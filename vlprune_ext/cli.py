@@ -426,6 +426,8 @@ def tokens(
 
     if (image is None) != (question is None):
         raise UsageError("--image and --question: one without the other")
+    if question is not None and not question.strip():
+        raise UsageError("--question: it is empty")
     ways = token_methods(methods or ["fastv"], keep, settings or [])
     if image is None:
         record = read_digits(DIGITS_QUESTIONS, "test", 1, seed)[0][0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..tokens import DropTokens
 from ..tokens.method import View
-from .checks import expect_share
+from .checks import expect_share, expect_whole
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class DivPrune(DropTokens):
 
     def __post_init__(self) -> None:
         expect_share("keep", self.keep)
+        expect_whole("layer", self.layer)
 
     def stages(self, blocks: int) -> dict[int, float]:
         return {self.layer: self.keep}

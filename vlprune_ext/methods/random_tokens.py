@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tokens import DropTokens
 from ..tokens.method import View
-from .checks import expect_share
+from .checks import expect_share, expect_whole
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class RandomTokens(DropTokens):
 
     def __post_init__(self) -> None:
         expect_share("keep", self.keep)
+        expect_whole("layer", self.layer)
+        expect_whole("seed", self.seed)
 
     def stages(self, blocks: int) -> dict[int, float]:
         return {self.layer: self.keep}
