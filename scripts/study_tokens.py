@@ -39,7 +39,7 @@ VARIANTS: dict[str, Variant] = {
     "FastV, layer 1": lambda keep, _: vp.FastV(1, keep),
     "FastV, layer 2": lambda keep, _: vp.FastV(2, keep),
     "PyramidDrop": lambda keep, _: vp.PyramidDrop(keep ** (1 / 3)),
-    "PLPHP": lambda keep, _: vp.PLPHP(keep, spread=0.75 * keep),
+    "PLPHP": lambda keep, _: vp.PLPHP(keep),
     "LookM": lambda keep, _: vp.LookM(keep),
 }
 # The picture is read before the question comes, as in a conversation: what left the cache cannot be asked for. Answers
@@ -47,8 +47,8 @@ VARIANTS: dict[str, Variant] = {
 LATER: dict[str, Variant] = {
     "question later: RandomTokens": lambda keep, seed: vp.RandomTokens(keep, seed=seed),
     "question later: FastV, layer 2": lambda keep, _: vp.FastV(2, keep),
-    "question later: PLPHP": lambda keep, _: vp.PLPHP(keep, spread=0.75 * keep),
-    "question later: PLPHP, all blocks": lambda keep, _: vp.PLPHP(keep, spread=0.75 * keep, skip=0),
+    "question later: PLPHP": lambda keep, _: vp.PLPHP(keep),
+    "question later: PLPHP, all blocks": lambda keep, _: vp.PLPHP(keep, skip=0),
     "question later: LookM": lambda keep, _: vp.LookM(keep),
     "question later: LookM, forgetting": lambda keep, _: vp.LookM(keep, merge=False),
 }
@@ -62,7 +62,7 @@ CHOICES: dict[str, Variant] = {
     "FastV, layer 2, renumbered": lambda keep, _: vp.FastV(2, keep, positions="renumber"),
     "DivPrune, renumbered": lambda keep, _: vp.DivPrune(keep, positions="renumber"),
     "DivPrune, layer 2": lambda keep, _: vp.DivPrune(keep, layer=2),
-    "PLPHP, all blocks": lambda keep, _: vp.PLPHP(keep, spread=0.75 * keep, skip=0),
+    "PLPHP, all blocks": lambda keep, _: vp.PLPHP(keep, skip=0),
     "LookM, forgetting": lambda keep, _: vp.LookM(keep, merge=False),
     "LookM, from block 2": lambda keep, _: vp.LookM(keep, skip=2),
 }

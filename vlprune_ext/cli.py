@@ -457,7 +457,9 @@ def tokens(
         return
     titles = ["answer", "visual tokens", "time", "key-value cache", "peak memory"]
     rows = {name: cells(trial) for name, trial in found.trials.items()}
-    listing = table("method", *titles[: len(rows["all tokens"])], title=f"{found.question}  (keep {keep[0]:g})")
+    title = f"{found.question}  (keep {keep[0]:g}; visual tokens: mean over blocks)"
+    listing = table("method", *titles[: len(rows["all tokens"])], title=title)
+    listing.columns[1].no_wrap, listing.columns[1].max_width = False, 40  # answers may be long
     for name, row in rows.items():
         listing.add_row(name, *row)
     show("", listing, "")

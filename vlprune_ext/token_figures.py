@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def kept_squares(picture: np.ndarray, kept: Mapping[str, np.ndarray], answers: M
     panels = {"as it is": np.ones((1, 1), dtype=bool), **kept}
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure("", rows * (1.9 * height / width + 0.5))
+    figure = new_figure("", rows * (2.1 * height / width + 0.7))
     every = figure.subplots(rows, columns, squeeze=False)
     for axes in every.flat:
         axes.set_axis_off()
@@ -49,6 +50,6 @@ def kept_squares(picture: np.ndarray, kept: Mapping[str, np.ndarray], answers: M
             axes.axhline(line * height / squares.shape[0], color="white", linewidth=0.4)
         for line in range(1, squares.shape[1]):
             axes.axvline(line * width / squares.shape[1], color="white", linewidth=0.4)
-        answer = f"\n{answers[name]}" if name in answers else ""
+        answer = "\n" + textwrap.shorten(answers[name], 30, placeholder=" ...") if name in answers else ""
         axes.set_title(f"{name}{answer}")
     return figure

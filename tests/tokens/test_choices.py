@@ -246,7 +246,7 @@ def test_plphp(name, n, side):
         shares.append([float(row[oracle.visual(values)[sample]].sum()) for sample, row in enumerate(rows)])
     looked = sorted(x for of_layer in shares for x in of_layer)
     high, low = (looked[-1] + looked[-2]) / 2, (looked[0] + looked[1]) / 2
-    cache, pruning = prefill(name, vp.PLPHP(keep=0.5, spread=0.3, high=high, low=low, skip=1), values)
+    cache, pruning = prefill(name, vp.PLPHP(keep=0.5, spread=0.6, high=high, low=low, skip=1), values)
     widths = set()
     for layer, of_layer in zip((1, 2, 3), shares, strict=True):
         keep = [0.8 if x >= high else 0.2 if x < low else 0.5 for x in of_layer]

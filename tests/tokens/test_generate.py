@@ -28,7 +28,7 @@ DROPPING = [
     vp.RandomTokens(keep=0.4),
 ]
 EVICTING = [
-    vp.PLPHP(keep=0.5, spread=0.3, high=0.5, low=0.4, skip=1),
+    vp.PLPHP(keep=0.5, spread=0.6, high=0.5, low=0.4, skip=1),
     vp.LookM(keep=0.4, merge=False),
     vp.LookM(keep=0.4),
 ]

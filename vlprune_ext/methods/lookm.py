@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..tokens import EvictTokens
 from ..tokens.method import CacheView, share
-from .checks import expect_share
+from .checks import expect_share, expect_whole
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class LookM(EvictTokens):
 
     def __post_init__(self) -> None:
         expect_share("keep", self.keep)
+        expect_whole("skip", self.skip)
+        if not isinstance(self.merge, bool):
+            raise ValueError(f"merge is {self.merge!r}; expected True or False")
 
     def starts(self, blocks: int) -> int:
         return self.skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..tokens import EvictTokens
 from ..tokens.method import CacheView, share
-from .checks import expect_share
+from .checks import expect_part, expect_share, expect_whole
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class PLPHP(EvictTokens):
     """Per-layer, per-head pruning of visual tokens in the key-value cache, after the prefill.
 
     keep      share that a block keeps whose attention to visual tokens is ordinary, in (0, 1] (r, 0.4)
-    spread    what a block keeps more, or less, if it looks at them much, or little (0.3)
+    spread    how much more, or less, of that a block keeps that looks at them much, or little (0.75: 0.7 and 0.1)
     high      share of the last instruction token's attention from which a block looks much (0.25)
     low       and below which it looks little (0.1)
     skip      blocks in front that keep all (2)
@@ -26,17 +26,20 @@ class PLPHP(EvictTokens):
     """
 
     keep: float = 0.4
-    spread: float = 0.3
+    spread: float = 0.75
     high: float = 0.25
     low: float = 0.1
     skip: int = 2
 
     def __post_init__(self) -> None:
         expect_share("keep", self.keep)
-        if not 0 <= self.spread < self.keep:
-            raise ValueError(f"spread is {self.spread!r}; expected 0 <= spread < keep, which is {self.keep}")
-        if not 0 <= self.low <= self.high <= 1:
-            raise ValueError(f"low is {self.low!r} and high {self.high!r}; expected 0 <= low <= high <= 1")
+        for name in ("spread", "high", "low"):
+            expect_part(name, getattr(self, name))
+        expect_whole("skip", self.skip)
+        if self.spread == 1 or self.low > self.high:
+            raise ValueError(
+                f"spread is {self.spread}, low {self.low} and high {self.high}; expected spread < 1 and low <= high"
+            )
 
     def starts(self, blocks: int) -> int:
         return self.skip
@@ -46,6 +49,6 @@ class PLPHP(EvictTokens):
         counts = []
         for looked, (visual, everything) in zip(on_vision.tolist(), view.counts, strict=True):
             more = self.spread if looked >= self.high else -self.spread if looked < self.low else 0.0
-            counts.append(everything - visual + share(min(1.0, self.keep + more), visual))
+            counts.append(everything - visual + share(min(1.0, self.keep * (1 + more)), visual))
         index, valid = view.choose(view.received, counts)
         return index, valid, *view.at(index)

@@ -26,8 +26,11 @@ class PyramidDrop(DropTokens):
 
     def __post_init__(self) -> None:
         expect_share("keep", self.keep)
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layers is {self.layers}; expected blocks in ascending order, each once")
+        if self.layers is None:
+            return
+        blocks = self.layers if isinstance(self.layers, tuple) and all(type(i) is int for i in self.layers) else ()
+        if not blocks or list(blocks) != sorted(set(blocks)):
+            raise ValueError(f"layers is {self.layers!r}; expected a tuple of blocks in ascending order, each once")
 
     def stages(self, blocks: int) -> dict[int, float]:
         layers = self.layers if self.layers is not None else sorted({max(1, blocks * i // 4) for i in (1, 2, 3)})

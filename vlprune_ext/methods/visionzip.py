@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..tokens import DropTokens
 from ..tokens.method import Features, View, share
-from .checks import expect_share
+from .checks import expect_part, expect_share
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class VisionZip(DropTokens):
 
     def __post_init__(self) -> None:
         expect_share("keep", self.keep)
-        if not 0 <= self.contextual <= 1:
-            raise ValueError(f"contextual is {self.contextual!r}; expected a share 0 <= contextual <= 1")
+        expect_part("contextual", self.contextual)
 
     def stages(self, blocks: int) -> dict[int, float]:
         return {0: self.keep}

@@ -54,7 +54,8 @@ def prune_tokens(model: nn.Module, method: TokenMethod) -> Iterator[Pruning]:
         without an image, without input_ids, a cache that is not dynamic, gradient checkpointing.
     """
     if not isinstance(method, TokenMethod):
-        raise TypeError(f"method is a {type(method).__name__}; expected a TokenMethod such as FastV()")
+        what = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
+        raise TypeError(f"method is {what}; expected a TokenMethod such as FastV()")
     anatomy = describe(model)
     pruning = Pruning()
     modules = list(model.modules())
