@@ -420,6 +420,8 @@ def tokens(
 ) -> None:
     """Answer a question with fewer visual tokens: what stays, what it takes, and how often answers are right."""
     quiet()
+    from rich.text import Text
+
     from .data.digits import DIGITS_QUESTIONS, read_digits
     from .token_report import cells, picture_of, write_token_report
     from .token_trials import compare
@@ -458,11 +460,11 @@ def tokens(
     titles = ["answer", "visual tokens", "time", "key-value cache", "peak memory"]
     rows = {name: cells(trial) for name, trial in found.trials.items()}
     title = f"{found.question}  (keep {keep[0]:g}; visual tokens: mean over blocks)"
-    listing = table("method", *titles[: len(rows["all tokens"])], title=title)
+    listing = table("method", *titles[: len(rows["all tokens"])])
     listing.columns[1].no_wrap, listing.columns[1].max_width = False, 40  # answers may be long
     for name, row in rows.items():
         listing.add_row(name, *row)
-    show("", listing, "")
+    show("", Text(title, style="bold"), listing, "")
     for name, path in (("picture", out), ("report", report)):
         if path is not None:
             show(f"{name:7s} {path}")
