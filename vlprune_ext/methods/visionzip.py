@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..tokens import DropTokens
+from ..tokens import SummariseTokens
 from ..tokens.method import Features, View, share
 from .checks import expect_part, expect_share
 
 
 @dataclass(frozen=True)
-class VisionZip(DropTokens):
+class VisionZip(SummariseTokens):
     """Keep dominant tokens as they are and merge the others into contextual ones, before the language model.
 
     keep          share of the visual tokens that stay, in (0, 1]
@@ -28,7 +27,6 @@ class VisionZip(DropTokens):
 
     keep: float = 0.5
     contextual: float = 10 / 64
-    reads_features: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         expect_share("keep", self.keep)

@@ -13,7 +13,7 @@ from ..patch import Patches
 from . import attention
 from .checks import check_runs_once, check_stages
 from .features import FeatureTap
-from .method import DropTokens, View, choose, share
+from .method import DropTokens, SummariseTokens, View, choose, share
 from .record import Pruning
 
 
@@ -29,7 +29,7 @@ class CrossStream:
         self.reader = anatomy.model.get_submodule(visual.reader)
         self.cls = anatomy.tower("vision").cls
         self.stages = check_stages(method, len(self.tower))
-        self.tap = FeatureTap(anatomy, method) if method.reads_features else None
+        self.tap = FeatureTap(anatomy, method) if isinstance(method, SummariseTokens) else None
         self.received: dict[int, Tensor] = {}
         self.states: Tensor | None = None  # [B, P', D] what the coming blocks read
         self.index: Tensor | None = None  # [B, P'] which tokens these are

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy
 from ..patch import Patches
 from . import attention
-from .method import DropTokens, Features, share
+from .method import Features, SummariseTokens, share
 
 
 class FeatureTap:
     """Notes what the class token of the last vision block that is read attends to."""
 
-    def __init__(self, anatomy: Anatomy, method: DropTokens) -> None:
+    def __init__(self, anatomy: Anatomy, method: SummariseTokens) -> None:
         tower = anatomy.tower("vision")
         if not tower.cls:
             raise ValueError(

@@ -29,7 +29,7 @@ class View:
     count: Tensor  # [B] int64, how many visual tokens will stay
     received: Tensor | None = None  # [B, T] fp32, see DropTokens.reads_attention
     ids: Tensor | None = None  # [B, T0] int64, the ids of the whole batch, before anything left; 0 where padded
-    summary: Tensor | None = None  # [B, T] fp32, see DropTokens.summarise
+    summary: Tensor | None = None  # [B, T] fp32, see SummariseTokens
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,6 @@ class DropTokens(TokenMethod, ABC):
 
     positions: str = field(default="keep", kw_only=True)
     reads_attention: ClassVar[bool] = False  # `View.received`: from the last instruction token, in the block before
-    reads_features: ClassVar[bool] = False  # `summarise` is called, before the language model runs
 
     @abstractmethod
     def stages(self, blocks: int) -> dict[int, float]:
@@ -136,9 +135,14 @@ class DropTokens(TokenMethod, ABC):
     def score(self, view: View) -> Tensor:
         """[B, T]: the visual tokens of highest score stay. Values at other tokens do not matter."""
 
+
+@dataclass(frozen=True)
+class SummariseTokens(DropTokens, ABC):
+    """`DropTokens` that looks at the vision tower's features before the language model reads them."""
+
+    @abstractmethod
     def summarise(self, features: Features, count: int) -> tuple[Tensor, Tensor]:
         """``count`` tokens of each image, before they enter the language model: kept [N, P] bool and their states."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

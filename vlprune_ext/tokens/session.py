@@ -16,7 +16,7 @@ from .cross import CrossStream
 from .decoder import DecoderStream
 from .features import FeatureTap, before, check_projector
 from .merging import MergingTower
-from .method import POSITIONS, DropTokens, EvictTokens, MergeTokens, TokenMethod, View
+from .method import POSITIONS, DropTokens, EvictTokens, MergeTokens, SummariseTokens, TokenMethod, View
 from .record import Pruning
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -91,7 +91,7 @@ def _install(patches: Patches, anatomy: Anatomy, method: TokenMethod, pruning: P
     assert isinstance(method, DropTokens)
     if method.positions not in POSITIONS:
         raise ValueError(f"positions is {method.positions!r}; expected one of {', '.join(POSITIONS)}")
-    if method.reads_features:
+    if isinstance(method, SummariseTokens):
         check_projector(anatomy, method)
     if visual.reader:
         CrossStream(anatomy, method, pruning).install(patches)
@@ -101,7 +101,7 @@ def _install(patches: Patches, anatomy: Anatomy, method: TokenMethod, pruning: P
         getattr(stream.tower.config, "rope_parameters", None) or {}
     ):
         raise ValueError('positions is "renumber"; expected "keep" for positions of time, height and width')
-    if method.reads_features:
+    if isinstance(method, SummariseTokens):
         tap = FeatureTap(anatomy, method)
         tap.install(patches)
 
