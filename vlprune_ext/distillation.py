@@ -115,12 +115,13 @@ class _DistillTrainer(Trainer):
         student = _embed(self.student, by_tower)
         with torch.no_grad():
             teacher = _embed(self.teacher, by_tower)
-            teacher_scale = _scale(self.teacher)
-        loss = distillation_loss(student, teacher, _scale(self.student), teacher_scale, self.kept, self.weights)
+            teacher_scale = logit_scale(self.teacher)
+        loss = distillation_loss(student, teacher, logit_scale(self.student), teacher_scale, self.kept, self.weights)
         return (loss, None) if return_outputs else loss
 
 
-def _scale(anatomy: Anatomy) -> Tensor:
+def logit_scale(anatomy: Anatomy) -> Tensor:
+    """The factor in front of cosines; 1/0.07, CLIP's initial value, for a model that keeps none."""
     scale = getattr(anatomy.model, "logit_scale", None)
     return torch.tensor(1 / 0.07, device=anatomy.device) if scale is None else scale.exp()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 
@@ -80,4 +82,24 @@ class PerturbWeight:
         return ()
 
 
-Intervention = DropHead | DropNeurons | DropLayer | PerturbWeight
+@dataclass(frozen=True)
+class Within:
+    """Run a block, and all that comes after it, within a context: whatever holds there.
+
+    CoMP raises a threshold in it. What blocks before ``layer`` do has to be the same inside and outside.
+    """
+
+    tower: str
+    layer: int
+    context: Callable[[], AbstractContextManager[object]]
+
+    @property
+    def kind(self) -> str:
+        return "context"
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return ()
+
+
+Intervention = DropHead | DropNeurons | DropLayer | PerturbWeight | Within

@@ -205,6 +205,8 @@ class Plan:
     layers       tower -> blocks
     sparsity     parameter name -> share of its entries that become zero
     selection    which entries: fields of `layerwise.Selection`
+    tokens       tower -> which of its tokens leave behind each block: {"threshold": importance}, sample by sample, or
+                 {"keep": [share of each block]}. `prune_tokens` carries that out
     shape        the units of every block of that model (`Anatomy.shape`): a plan for another model is refused
     method       the method's name and fields, for the record
     """
@@ -216,6 +218,7 @@ class Plan:
     layers: dict[str, list[int]] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
     selection: dict = field(default_factory=dict)
+    tokens: dict[str, dict] = field(default_factory=dict)
     method: dict = field(default_factory=dict)
 
     def units(self, kind: str) -> Removed:
@@ -252,6 +255,22 @@ class Plan:
         for name, share in self.sparsity.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"plan: sparsity of {name}: {share}, expected 0 <= sparsity <= 1")
+        for tower, schedule in self.tokens.items():
+            self._check_tokens(actual, tower, schedule)
+
+    @staticmethod
+    def _check_tokens(actual: dict, tower: str, schedule: dict) -> None:
+        if tower not in actual:
+            raise ValueError(f"plan: tokens of tower {tower!r}; the model's towers are {', '.join(actual)}")
+        blocks = len(actual[tower])
+        threshold, keep = schedule.get("threshold"), schedule.get("keep")
+        fine = isinstance(threshold, float) and 0 <= threshold <= 1
+        fine = fine or (isinstance(keep, list) and len(keep) == blocks and all(0 <= share <= 1 for share in keep))
+        if len(schedule) != 1 or not fine:
+            raise ValueError(
+                f"plan: tokens of {tower}: {schedule}, expected {{'threshold': from 0 to 1}} or {{'keep': shares of"
+                f" {blocks} blocks}}"
+            )
 
     @staticmethod
     def _check_units(actual: dict, tower: str, kind: str, layer: int, units: list[int]) -> None:
@@ -311,6 +330,7 @@ class Plan:
                 layers={tower: [int(layer) for layer in layers] for tower, layers in content["layers"].items()},
                 sparsity={name: float(share) for name, share in content.get("sparsity", {}).items()},
                 selection=dict(content.get("selection", {})),
+                tokens={tower: dict(schedule) for tower, schedule in content.get("tokens", {}).items()},
                 method=content.get("method", {}),
                 **removed,
             )

@@ -10,7 +10,8 @@ For N rows, L blocks and V_l interventions on heads, neurons and weights, D_l on
     N * (L + sum_l V_l * (L - l) + sum_l D_l * (L - l - 1))
 
 block runs (l from 0), against N * L * (1 + sum_l (V_l + D_l)) for one whole run each. A perturbed weight has no shared
-pass: its block runs once for each variant, and only what leaves it is stacked. L is the blocks that the model reads:
+pass: its block runs once for each variant, and only what leaves it is stacked. Of a context (`Within`) nothing can be
+shared or stacked: it runs by itself from its block on. L is the blocks that the model reads:
 the vision tower of a LLaVA has more. Of the last one only the rows that are read are computed in full.
 """
 
@@ -20,7 +21,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -92,15 +93,25 @@ def _put(x: Tensor, rows: Rows, length: int) -> Tensor:
     return whole
 
 
-def _set_stream(patches: Patches, block: nn.Module, stream: Tensor) -> None:
+class Carrier(Protocol):
+    """Who knows of the batch that runs what blocks after this one need, beside their stream."""
+
+    state: Any
+
+
+def _set_stream(
+    patches: Patches, block: nn.Module, stream: Tensor, carrier: Carrier | None = None, state: Any = None
+) -> None:
     """Let ``stream`` enter ``block`` in place of what its caller passes."""
 
     def hook(_, args, kwargs):
+        if carrier is not None:
+            carrier.state = state
         if args:
             return (stream, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": stream}
 
-    patches.pre_hook(block, hook, with_kwargs=True)
+    patches.pre_hook(block, hook, with_kwargs=True, prepend=True)  # before the caller's hooks look
 
 
 @dataclass
@@ -108,6 +119,8 @@ class _Shared:
     """What all variants of one block have in common, for one batch; filled in while the block runs."""
 
     stream: Tensor = field(init=False)  # [B, T, D] entering the block
+    carried: Any = None  # the carrier's state as the block was entered
+    leaving: Any = None  # and as it was left
     output: Output = field(init=False)  # [B, T, D] leaving it, perhaps with more
     x: dict[str, Tensor] = field(default_factory=dict)  # site kind -> input of its output projection
     returned: dict[str, Output] = field(default_factory=dict)  # site kind -> what its module returned
@@ -119,6 +132,7 @@ class _Batch:
     inputs: Inputs
     rows: slice
     entering: Output | None = None  # what the block before returned
+    carried: Any = None  # the carrier's state as it did
     before: dict[nn.Module, object] = field(default_factory=dict)
     beside: dict[nn.Module, object] = field(default_factory=dict)
     read: Rows | None = None  # of the last block; None: all
@@ -138,6 +152,7 @@ class Replay:
     run_model   (model, inputs) -> [B, ...]: what is wanted of each row, for instance an embedding or a loss. It may
                 look at what the model pools or, where there are labels, at what predicts them; the rest is not exact
     stacked_rows  how many rows (variants times batch) go through the suffix at once; None measures what is fastest
+    carrier     keeps, in ``state``, what hooks of the caller know of a batch; it is kept and put back with the stream
     """
 
     def __init__(
@@ -149,6 +164,7 @@ class Replay:
         *,
         stacked_rows: int | None = None,
         skip_layers: Sequence[int] = (),
+        carrier: Carrier | None = None,
         progress: Progress | None = None,
     ) -> None:
         if not batches:
@@ -158,6 +174,7 @@ class Replay:
         self.tower: Tower = anatomy.tower(tower)
         self.run_model = run_model
         self.stacked_rows = stacked_rows
+        self.carrier = carrier
         self.progress = progress
         self.block_runs = 0
         self.taps = self.tower.taps()
@@ -178,11 +195,14 @@ class Replay:
     # -- the walk -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def walk(self, interventions: Sequence[Intervention]) -> Iterator[tuple[list[int] | None, Tensor]]:
+    def walk(
+        self, interventions: Sequence[Intervention], *, finish: bool = True
+    ) -> Iterator[tuple[list[int] | None, Tensor]]:
         """Yield ``(positions, outputs)`` block by block, and ``(None, dense outputs)`` at the end.
 
         positions  which of ``interventions`` these are
         outputs    [len(positions), N, ...] what `run_model` gives under each; dense outputs are [N, ...]
+        finish     False: no dense outputs are wanted, so that the model without interventions is not run to its end
         """
         by_layer = self._group(interventions)
         last = min(max(by_layer, default=0), self.depth - 1)
@@ -194,7 +214,9 @@ class Replay:
                 ids = by_layer.get(layer, [])
                 results: dict[int, list[Tensor]] = {i: [] for i in ids}
                 for batch in self.batches:
-                    shared, output = self._advance(layer, batch, {interventions[i].kind for i in ids}, layer < last)
+                    shared, output = self._advance(
+                        layer, batch, {interventions[i].kind for i in ids}, layer < last or not finish
+                    )
                     if output is not None:
                         dense.append(output)
                     for chunk, out in self._variants(layer, batch, shared, ids, interventions):
@@ -203,7 +225,7 @@ class Replay:
                             done += self._runs(layer, interventions[i]) * batch.size // self.n_rows
                         if self.progress:
                             self.progress(done, total, f"{self.tower.name} block {layer}")
-                    batch.entering = shared.output
+                    batch.entering, batch.carried = shared.output, shared.leaving
                     if layer in self.taps:
                         batch.tapped[layer] = _first(shared.output)
                 if ids:
@@ -211,6 +233,8 @@ class Replay:
             for batch in self.batches:
                 batch.entering = None
                 batch.tapped.clear()
+            if not finish:
+                return
             plain = torch.cat(dense)
             for layer, ids in by_layer.items():
                 if layer >= self.depth:  # nothing reads it
@@ -230,7 +254,7 @@ class Replay:
                     each(batch.inputs)
                 shared, _ = self._advance(layer, batch, set(), True)
                 if advance:
-                    batch.entering = shared.output
+                    batch.entering, batch.carried = shared.output, shared.leaving
                     if layer in self.taps:
                         batch.tapped[layer] = _first(shared.output)
 
@@ -243,7 +267,7 @@ class Replay:
                 raise ValueError(f"interventions: {intervention}, expected a layer below {len(self.tower)}")
             if intervention.layer in self.skip_layers:
                 raise ValueError(f"interventions: {intervention}, but that layer is already removed")
-            if intervention.kind not in ("layer", "weight") and not intervention.units:
+            if intervention.kind not in ("layer", "weight", "context") and not intervention.units:
                 raise ValueError(f"interventions: {intervention} drops nothing")
             by_layer.setdefault(intervention.layer, []).append(i)
         return by_layer
@@ -284,6 +308,9 @@ class Replay:
         block = self.tower.blocks[layer]
         shared = _Shared()
         with Patches() as patches:
+            if self.carrier is not None:
+                carrier = self.carrier
+                patches.pre_hook(block.module, lambda *_: setattr(shared, "carried", carrier.state), prepend=True)
             if batch.entering is None:
                 self._leave_unread(patches, layer)
                 for module in self.tower.before:
@@ -292,12 +319,13 @@ class Replay:
                     patches.hook(module, lambda m, _, out: batch.beside.__setitem__(m, out))
             else:
                 self._bypass(patches, layer, batch, 1)
-                _set_stream(patches, block.module, _first(batch.entering))
+                _set_stream(patches, block.module, _first(batch.entering), self.carrier, batch.carried)
             self._watch(patches, block, shared, kinds)
 
             def leave(_, args, kwargs, output):
                 shared.stream = args[0] if args else kwargs["hidden_states"]
                 shared.output = output
+                shared.leaving = None if self.carrier is None else self.carrier.state
                 if stop:
                     raise _Stop
 
@@ -325,9 +353,13 @@ class Replay:
         self, layer: int, batch: _Batch, shared: _Shared, ids: list[int], interventions: Sequence[Intervention]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Outputs of the whole model under the interventions on one block, a chunk at a time."""
-        for kind in ("head", "cross_head", "neurons", "layer", "weight"):
+        for kind in ("head", "cross_head", "neurons", "layer", "weight", "context"):
             of_kind = [i for i in ids if interventions[i].kind == kind]
             if not of_kind:
+                continue
+            if kind == "context":
+                for i in of_kind:
+                    yield [i], self._within(layer, batch, shared, interventions[i])[None]
                 continue
             for chunk in self._chunks(layer, batch, shared, of_kind):
                 variants = None
@@ -377,6 +409,15 @@ class Replay:
                 self.run_model(self.model, batch.inputs)
             self._count(layer, batch.size, layer + 1)
         return torch.cat(outputs)
+
+    def _within(self, layer: int, batch: _Batch, shared: _Shared, change: Any) -> Tensor:
+        """[B, ...]: what the model gives if, from this block on, it runs within a context."""
+        with change.context(), Patches() as patches:
+            self._bypass(patches, layer, batch, 1)
+            block = self.tower.blocks[layer].module
+            _set_stream(patches, block, shared.stream, self.carrier, shared.carried)
+            self._count(layer, batch.size)
+            return self.run_model(self.model, batch.inputs)
 
     def _last_read(self, layer: int, batch: _Batch) -> Rows | None:
         """The only rows that are used of what leaves block ``layer``; None when all are."""

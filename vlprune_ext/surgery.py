@@ -245,7 +245,8 @@ def _narrow_site(site: Site, kept: Sequence[int]) -> None:
         owner.forward = partial(_FORWARDS[type(owner).__name__], owner)
 
 
-def _removable(site: Site) -> bool:
+def removable(site: Site) -> bool:
+    """Whether units of a site can be physically removed; where not, they are zeroed."""
     return site.paths.removable or type(_owner(site)).__name__ in _FORWARDS
 
 
@@ -254,7 +255,7 @@ def _remove(anatomy: Anatomy, plan: Plan) -> list[dict]:
     zeroed = []
     for tower, layer, site, units in _changes(anatomy, plan):
         kept = sorted(set(range(site.units)) - set(units))
-        if not _removable(site):
+        if not removable(site):
             _zero_units(site, units)
             zeroed.append(_entry(tower, site.kind, layer, units))
         elif kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlprune_ext.comp import channel_importance, token_importance, token_weights
+from vlprune_ext.comp import ChannelImportance, token_importance, token_weights
 
 
 def attention(q, k, causal=False, key_mask=None):
@@ -78,10 +78,13 @@ def test_channels(weighed):
     w = torch.cat(weights).double() if weighed else torch.ones(5, 5).double()
     norm = ((w[..., None] * x**2).sum((0, 1)) / 5).sqrt()
     expected = torch.stack([sum(weight[j, i].double().abs() * norm[i] for j in range(6)) / 6 for i in range(10)])
-    found = channel_importance(weight, batches, weights)
+    channels = ChannelImportance(weight)
+    for place, batch in enumerate(batches):
+        channels.add(batch, weights[place] if weighed else None)
+    found = channels.value()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_channels_of_nothing():
     with pytest.raises(ValueError, match="activations: none came"):
-        channel_importance(torch.randn(2, 3), [])
+        ChannelImportance(torch.randn(2, 3)).value()

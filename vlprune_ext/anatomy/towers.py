@@ -82,6 +82,18 @@ class Tower:
         names = ("class_embedding", "cls_token")
         return int(any(hasattr(module, name) for module in self.before for name in names))
 
+    @property
+    def causal(self) -> bool:
+        """Whether tokens see only those before them."""
+        attention = self.blocks[0].sites["head"].attention if "head" in self.blocks[0].sites else None
+        return self.paths.pool == "eot" or bool(getattr(attention, "is_causal", False))
+
+    @property
+    def owner(self) -> str:
+        """The path of the module that is given the tower's inputs."""
+        path = self.prefix.rpartition(".")[0]
+        return path.rpartition(".")[0] if path.rpartition(".")[2] == "encoder" else path
+
     def trim(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop the columns after the last end-of-text token of a batch: a causal tower never looks there."""
         if self.paths.pool != "eot":

@@ -1,18 +1,25 @@
-"""FLOPs of a block from shapes alone, two per multiply-add: what a mode would save, before anything is pruned."""
+"""FLOPs from shapes alone, two per multiply-add: what a mode saves, before anything is pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..anatomy import Block, Site
+from torch import Tensor
+
+from ..anatomy import Anatomy, Block, Site
+
+Unit = tuple[str, int, str]  # tower, layer, kind of site
+Count = Any  # int, or Tensor [S] int64 of as many samples
 
 
-def block_flops(block: Block, tokens: int, *, memory: int = 0, kept: Mapping[str, int] | None = None) -> int:
+def block_flops(block: Block, tokens: Count, *, memory: Count = 0, kept: Mapping[str, int] | None = None) -> Count:
     """FLOPs of one block for one sample: its projections and its attention; norms and activations are left out.
 
     block      from `Anatomy.tower(..).blocks`
-    tokens     that run through it
-    memory     tokens that its cross-attention reads; 0 where it has none, or is given none
+    tokens     that run through it: of one sample, or [S] of several, for whose FLOPs [S] it then answers
+    memory     tokens that its cross-attention reads, likewise; 0 where it has none, or is given none
     kept       kind of site -> units that are left, "head", "cross_head" or "neurons"; all by default
 
     Raises ValueError for more units than there are, and for a block with cross-attention units to keep but no memory.
@@ -26,20 +33,56 @@ def block_flops(block: Block, tokens: int, *, memory: int = 0, kept: Mapping[str
         units = kept.get(kind, site.units)
         if not 0 <= units <= site.units:
             raise ValueError(f"kept is {units} of {kind}; expected 0 to {site.units}")
-        if kind == "cross_head" and not memory:
+        if kind == "cross_head" and isinstance(memory, int) and not memory:
             continue
-        total += _site_flops(site, units, tokens, memory if kind == "cross_head" else tokens)
+        total = total + _site_flops(site, units, tokens, memory if kind == "cross_head" else tokens)
     return total
 
 
-def _site_flops(site: Site, units: int, tokens: int, keys: int) -> int:
+def _site_flops(site: Site, units: int, tokens: Count, keys: Count) -> Count:
     """FLOPs of a site's projections and, of heads, what lies between them."""
     columns = units * site.width  # of the output projection: neurons, or query heads times their size
     multiplied = tokens * columns * site.out.out_features
     for place, projection in enumerate(site.inputs):
         rows = projection.out_features * units // site.units
         # Keys and values of cross-attention are made of what it reads.
-        multiplied += (tokens if place == 0 else keys) * projection.in_features * rows
+        multiplied = multiplied + (tokens if place == 0 else keys) * projection.in_features * rows
     if site.kind != "neurons":
-        multiplied += 2 * tokens * keys * columns  # scores, and their sums of values
+        multiplied = multiplied + 2 * tokens * keys * columns  # scores, and their sums of values
     return 2 * multiplied
+
+
+@dataclass
+class Load:
+    """What runs through a model's blocks for some samples, S of a tower.
+
+    entered  tower -> for each block, the tokens [S] that enter it
+    left     tower -> the tokens [S] that leave its last block, for towers that read them
+    """
+
+    entered: dict[str, list[Tensor]] = field(default_factory=dict)
+    left: dict[str, Tensor] = field(default_factory=dict)
+
+    def shares(self, dense: Load) -> dict[str, list[float]]:
+        """Tower -> for each block, the mean number of tokens that enter it, as a share of those of another load."""
+        return {
+            tower: [
+                float(n.float().mean() / m.float().mean()) for n, m in zip(counts, dense.entered[tower], strict=True)
+            ]
+            for tower, counts in self.entered.items()
+        }
+
+
+def blocks_flops(anatomy: Anatomy, memories: Mapping[str, str], load: Load, kept: Mapping[Unit, int]) -> float:
+    """FLOPs of all blocks for one sample, the mean over those of a load.
+
+    memories  tower -> the tower that its cross-attention reads
+    kept      units of a site that are left; all of those that are not named
+    """
+    total = 0.0
+    for name, entered in load.entered.items():
+        for layer, (block, tokens) in enumerate(zip(anatomy.tower(name).blocks, entered, strict=True)):
+            memory: Count = load.left[memories[name]] if name in memories else 0
+            units = {kind: kept[name, layer, kind] for kind in block.sites if (name, layer, kind) in kept}
+            total += float(block_flops(block, tokens, memory=memory, kept=units).double().mean())
+    return total

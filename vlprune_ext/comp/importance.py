@@ -5,8 +5,6 @@ Equation numbers are the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -71,42 +69,31 @@ def token_weights(importance: Tensor, cls: int = 0) -> Tensor:
     return torch.cat([torch.ones_like(importance[:, :cls]), share], 1)
 
 
-def channel_importance(
-    weight: Tensor,  # [d, C]
-    activations: Iterable[Tensor],  # [B, T, C] each
-    weights: Iterable[Tensor] | None = None,  # [B, T] each
-) -> Tensor:
+class ChannelImportance:
     """What the input channels of a projection are worth: ``S_i = (1/d) sum_j |W_ji| ||X_i||``, eq. (3).
 
-    With ``weights`` the norm is ``sqrt(sum_n w_n X_ni^2)``, eq. (4). Both are means over samples, so that scores do not
-    grow with their number.
+    With weights the norm is ``sqrt(sum_n w_n X_ni^2)``, eq. (4). Both are means over samples, so that scores do not
+    grow with their number. Activations come batch by batch; none are kept.
 
-    Parameters
-    ----------
-    weight : [d, C], fp32/fp16/bf16
-        The output projection of an attention or an MLP.
-    activations : batches of [B, T, C]
-        What enters it.
-    weights : batches of [B, T], optional
-        `token_weights` of an attention's own tokens, or for an MLP of the next layer's. Zeros leave padding out.
-
-    Returns
-    -------
-    [C], fp32
-
-    Raises
-    ------
-    ValueError
-        No activations; as many batches of weights as of activations are expected.
+    weight  [d, C], fp32/fp16/bf16: the output projection of an attention or an MLP
     """
-    total = torch.zeros(weight.shape[1], device=weight.device)
-    samples = 0
-    every: Iterable[tuple[Tensor, Tensor | None]] = (
-        ((x, None) for x in activations) if weights is None else zip(activations, weights, strict=True)
-    )
-    for x, w in every:
-        samples += len(x)
-        ops.column_norm_sq_(total, x.flatten(0, 1), None if w is None else w.float().flatten())
-    if samples == 0:
-        raise ValueError("activations: none came; expected at least one batch [B, T, C]")
-    return weight.float().abs().mean(0) * (total / samples).sqrt()
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.total = torch.zeros(weight.shape[1], device=weight.device)
+        self.samples = 0
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """A batch of what enters the projection.
+
+        x [B, T, C]; weights [B, T]: `token_weights` of an attention's own tokens, for an MLP of the next layer's; zeros
+        leave padding out.
+        """
+        self.samples += len(x)
+        ops.column_norm_sq_(self.total, x.flatten(0, 1), None if weights is None else weights.float().flatten())
+
+    def value(self) -> Tensor:
+        """[C], fp32. Raises ValueError if nothing was added."""
+        if self.samples == 0:
+            raise ValueError("activations: none came; expected at least one batch [B, T, C]")
+        return self.weight.detach().float().abs().mean(0) * (self.total / self.samples).sqrt()

@@ -21,8 +21,9 @@ from .. import ops
 from ..anatomy import Site
 from ..patch import Patches
 
-# (attend, query [B, H, Tq, d], key [B, Hkv, Tk, d], value, mask) -> what `attend` returns
-Advice = Callable[[Callable, Tensor, Tensor, Tensor, Tensor | None], Any]
+# (attend, query [B, H, Tq, d], key [B, Hkv, Tk, d], value, mask, causal) -> what `attend` returns. Causal: queries look
+# back only, and no mask says so.
+Advice = Callable[[Callable, Tensor, Tensor, Tensor, Tensor | None, bool], Any]
 Watcher = Callable[[Tensor, Tensor, float], None]  # query, key, scale
 
 
@@ -47,7 +48,9 @@ def _advised(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
         finally:
             module.config = ours
 
-    return advice(attend, query, key, value, mask)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    return advice(attend, query, key, value, mask, bool(causal) and mask is None and query.shape[2] > 1)
 
 
 def _around(patches: Patches, attention: Any, advice: Advice) -> None:
@@ -66,7 +69,7 @@ def watch(patches: Patches, site: Site, watcher: Watcher) -> None:
     if site.paths.interface:
         scale = attention.scaling if hasattr(attention, "scaling") else attention.scale
 
-        def look(attend: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+        def look(attend: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, _: bool) -> Any:
             watcher(query, key, scale)
             return attend(query, key, value, mask)
 
@@ -94,35 +97,65 @@ def watch(patches: Patches, site: Site, watcher: Watcher) -> None:
 
 
 def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None]) -> None:
-    """Let each key count ``weight()`` [B, T] times in a self-attention; None: once."""
+    """Let each key of an attention count ``weight()`` [B, Tk] times, from not at all on; None: once.
 
-    def bias(query: Tensor) -> Tensor | None:
-        times = weight()
-        return None if times is None else times.log().to(query.dtype)[:, None, None]
+    A query that sees no key that counts gets finite values that mean nothing.
 
+    Raises ValueError, when the attention runs, for flash attention, which takes no such weights.
+    """
     attention = site.attention
     if site.paths.interface:
 
-        def heavier(attend: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
-            added = bias(query)
-            if added is not None:
-                mask = added if mask is None else mask + added
-            return attend(query, key, value, mask)
+        def heavier(
+            attend: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+        ) -> Any:
+            times = weight()
+            if times is None:
+                return attend(query, key, value, mask)
+            if "flash" in attention.config._attn_implementation:
+                raise ValueError('attention weighs its tokens; expected a model with attn_implementation="sdpa"')
+            return attend(query, key, value, _heavier(mask, times, query, causal))
 
         _around(patches, attention, heavier)
+        return
+    if len(site.inputs) > 1:
+        name = "encoder_attention_mask" if site.kind == "cross_head" else "attention_mask"
+
+        def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            times = weight()
+            if times is None:
+                return None
+            return args, {**kwargs, name: _heavier(kwargs.get(name), times, args[0], causal=False)}
+
+        patches.pre_hook(attention, enter, with_kwargs=True)
         return
     original = attention.forward
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        added = bias(hidden_states)
-        if added is None:
+        times = weight()
+        if times is None:
             return original(hidden_states, **kwargs)
         query, key, value = _heads(site.inputs[0](hidden_states), 3 * site.units).chunk(3, 1)
         dropout = attention.dropout.p if attention.training else 0.0
+        added = _heavier(None, times, query, causal=False)
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout)
         return site.out(context.transpose(1, 2).flatten(2)), None
 
     patches.forward(attention, forward)
+
+
+def _heavier(mask: Tensor | None, times: Tensor, query: Tensor, causal: bool) -> Tensor:
+    """An additive mask [B, 1, 1 or Tq, Tk] by which keys count so many times more."""
+    never = torch.finfo(query.dtype).min
+    added = times.log().to(query.dtype)[:, None, None]
+    if causal:
+        length = times.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=times.device).tril()
+    if mask is None:
+        return added.clamp(min=never)
+    if mask.dtype == torch.bool:
+        return added.masked_fill(~mask, never).clamp(min=never)
+    return (added + mask).clamp(min=never)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .method import DropTokens, EvictTokens, TokenMethod
+from .method import DropTokens, EvictTokens
 
 
 def check_stages(method: DropTokens, depth: int) -> dict[int, float]:
@@ -33,9 +33,9 @@ def check_start(method: EvictTokens, depth: int) -> int:
     return start
 
 
-def check_runs_once(method: TokenMethod, blocks: Iterable[nn.Module]) -> None:
+def check_runs_once(name: str, blocks: Iterable[nn.Module]) -> None:
     """Raise ValueError if blocks are going to run again in the backward pass, where they would prune again."""
     if torch.is_grad_enabled() and any(
         block.training and getattr(block, "gradient_checkpointing", False) for block in blocks
     ):
-        raise ValueError(f"{method.name}: token pruning does not work with gradient checkpointing; disable it")
+        raise ValueError(f"{name}: token pruning does not work with gradient checkpointing; disable it")

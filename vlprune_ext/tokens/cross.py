@@ -51,7 +51,7 @@ class CrossStream:
     def _begin(self, reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self.received.clear()
         self.index = None
-        check_runs_once(self.method, self.tower.container)
+        check_runs_once(self.method.name, self.tower.container)
         states = kwargs.get("encoder_hidden_states")
         if states is None:
             raise ValueError("encoder_hidden_states: none came; there are no visual tokens to prune")

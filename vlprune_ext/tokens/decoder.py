@@ -8,7 +8,7 @@ what comes next. So labels, losses and `generate` need no change. Only the block
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,9 +61,7 @@ class DecoderStream:
         else:
             self.stages = {}
             self.first = check_start(method, depth)
-        self.placeholders = [
-            token for name in visual.placeholders if (token := getattr(anatomy.model.config, name, None)) is not None
-        ]
+        self.placeholders = placeholders(anatomy)
         self.signature = inspect.signature(anatomy.model.forward)
         self.prompt: Prompt | None = None
         self.received: dict[int, Tensor] = {}
@@ -92,7 +90,7 @@ class DecoderStream:
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.prompt, self._embeddings, self._mask = None, None, None
         self.received.clear()
-        check_runs_once(self.method, self.tower.container)
+        check_runs_once(self.method.name, self.tower.container)
         given = self.signature.bind_partial(*args, **kwargs).arguments
         cache = given.get("past_key_values")
         if cache is not None and cache.get_seq_length():
@@ -101,15 +99,7 @@ class DecoderStream:
             return
         if cache is not None:
             check_cache(cache, self.layer_of[self.first :])
-        ids = given.get("input_ids")
-        if ids is None:
-            raise ValueError("input_ids: none came; token pruning finds the visual tokens by their ids")
-        visual = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
-        mask = given.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected [B, T] for token pruning")
-        valid = torch.ones_like(visual) if mask is None else mask.bool()
-        visual &= valid
+        ids, visual, valid = read_prompt(given, self.placeholders)
         types = given.get("token_type_ids") if self.paths.prefix else None
         both = torch.zeros_like(valid) if types is None else (types == 0) & valid
         places = torch.arange(ids.shape[1], device=ids.device)
@@ -127,7 +117,7 @@ class DecoderStream:
             images=images,
             visual=visual,
             valid=valid,
-            row=_last_instruction(valid, visual, given.get("labels")),
+            row=last_instruction(valid, visual, given.get("labels")),
             prefix=prefix,
             spans=list(zip(starts, stops, strict=True)),
         )
@@ -183,7 +173,7 @@ class DecoderStream:
             count=torch.tensor(kept, device=hidden.device),
             received=self.received.pop(layer, None),
             ids=prompt.ids,
-            summary=None if self.summary is None else _spread(self.summary, prompt.visual),
+            summary=None if self.summary is None else spread_over(self.summary, prompt.visual),
         )
         text = prompt.valid & ~prompt.visual
         score = method.score(view).float().masked_fill(~prompt.valid, torch.nan)
@@ -310,7 +300,27 @@ class DecoderStream:
         return evict
 
 
-def _last_instruction(valid: Tensor, visual: Tensor, labels: Tensor | None) -> Tensor:
+def placeholders(anatomy: Anatomy) -> list[int]:
+    """The ids that visual tokens take among the text."""
+    visual = anatomy.family.visual
+    assert visual is not None
+    found = (getattr(anatomy.model.config, name, None) for name in visual.placeholders)
+    return [token for token in found if token is not None]
+
+
+def read_prompt(given: Mapping[str, Any], placeholders: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids [B, T] of a model's arguments; which are visual, and which are no padding [B, T] bool."""
+    ids = given.get("input_ids")
+    if ids is None:
+        raise ValueError("input_ids: none came; token pruning finds the visual tokens by their ids")
+    mask = given.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected [B, T] for token pruning")
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    return ids, torch.isin(ids, torch.tensor(placeholders, device=ids.device)) & valid, valid
+
+
+def last_instruction(valid: Tensor, visual: Tensor, labels: Tensor | None) -> Tensor:
     """[B]: the token that predicts the first label behind all images, or the last one where there are no labels."""
     places = torch.arange(valid.shape[1], device=valid.device)
     last = (places * valid).amax(1)
@@ -322,7 +332,7 @@ def _last_instruction(valid: Tensor, visual: Tensor, labels: Tensor | None) -> T
     return torch.where(labelled.any(1), first, last)
 
 
-def _spread(of_images: Tensor, visual: Tensor) -> Tensor:
+def spread_over(of_images: Tensor, visual: Tensor) -> Tensor:
     """What belongs to the patches of all images [N, P], at the places of the visual tokens [B, T].
 
     `generate` looks at the images once and then repeats each sample, for beams or several answers.

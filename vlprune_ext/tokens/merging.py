@@ -63,7 +63,7 @@ class MergingTower:
 
     def _begin(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        check_runs_once(self.method, self.tower.container)
+        check_runs_once(self.method.name, self.tower.container)
         images, tokens = hidden.shape[:2]
         cls = self.tower.cls
         places = torch.arange(tokens, device=hidden.device)

@@ -1,0 +1,359 @@
+"""Modes: what CoMP can prune more of, each behind one threshold.
+
+A new kind (the sparsity of weights, their bit width) is one more `Mode` and an entry of `MODES`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from ..surgery import removable
+from .flops import Load, Unit
+from .masks import Findings, Masks
+from .tokens import Threshold, Tokens
+
+BITE = 1 / 8  # of all that a mode could save from the dense model, what one stage takes at most
+
+
+class Mode(ABC):
+    """One thing that can be pruned further.
+
+    A threshold rises; what it passes is *going*, and counts less and less (`soften`) until it is *gone* (`settle`).
+    """
+
+    name: str
+    capacity: float | None = None  # FLOPs that it could save from the dense model; known once it was asked to
+
+    @abstractmethod
+    def raise_threshold(self, found: Findings, budget: Budget, goal: float) -> float:
+        """Raise it just so far that what is going then saves ``goal`` FLOPs, or all that can go.
+
+        Returns what it is going to save; 0 if nothing can go, and then nothing changes. Small modes take small steps, no more than `BITE` of their capacity, unless the goal is infinite.
+        """
+
+    @abstractmethod
+    def soften(self, counts: float) -> None:
+        """Let what is going count so much, from 1 down to 0."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """What is going is gone."""
+
+    @abstractmethod
+    def withdraw(self) -> None:
+        """The threshold is where it was before it was raised."""
+
+    @property
+    @abstractmethod
+    def threshold(self) -> float:
+        """Where it is; minus infinity while nothing is going or gone."""
+
+    @abstractmethod
+    def towers(self) -> tuple[str, ...]:
+        """The towers whose outputs change with it."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Plain data, from which `load` goes on."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Any]) -> None:
+        """Be what `state` was taken of."""
+
+    @abstractmethod
+    def write(self, plan: Plan, found: Findings | None) -> None:
+        """Add to a plan what is gone. ``found``: as it is now, where tokens leave by number, not by threshold."""
+
+
+class Budget:
+    """FLOPs of the model under its masks, and what they would be with fewer units or tokens.
+
+    total   (kept, load) -> FLOPs of one sample
+    load    the tokens that ran through the blocks when last measured
+    """
+
+    def __init__(self, masks: Masks, total: Callable[[dict[Unit, int], Load], float], load: Load) -> None:
+        self.masks, self.total, self.load = masks, total, load
+
+    def with_units(self, kept: dict[Unit, int]) -> float:
+        """FLOPs if some sites kept so many units."""
+        return self.total({**self.masks.kept(), **kept}, self.load)
+
+    def with_tokens(self, shares: dict[str, list[float]], left: dict[str, float]) -> float:
+        """FLOPs if, of the tokens that enter the blocks of some towers, only so many did."""
+        entered, after = dict(self.load.entered), dict(self.load.left)
+        for tower, of_blocks in shares.items():
+            entered[tower] = [n * s for n, s in zip(self.load.entered[tower], of_blocks, strict=True)]
+        for tower, s in left.items():
+            if tower in after:
+                after[tower] = self.load.left[tower] * s
+        return self.total(self.masks.kept(), Load(entered, after))
+
+
+# --- units -----------------------------------------------------------------------------------------------------------
+
+
+class UnitMode(Mode):
+    """Heads and neurons of some sites.
+
+    Their scores compete after each kind of site is standardised: a head's is a mean over channels and spreads less. The
+    best unit of a site always stays.
+    """
+
+    def __init__(self, name: str, masks: Masks, units: Iterable[Unit]) -> None:
+        self.name, self.masks = name, masks
+        self.units = tuple(units)
+        self.gone = {key: torch.zeros(masks.sites[key].units, dtype=torch.bool) for key in self.units}
+        self.going = {key: torch.zeros_like(mask) for key, mask in self.gone.items()}
+        self._threshold = self._before = -torch.inf
+
+    @property
+    def threshold(self) -> float:
+        return self._threshold
+
+    def towers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(tower for tower, _, _ in self.units))
+
+    def raise_threshold(self, found: Findings, budget: Budget, goal: float) -> float:
+        order = self._ranking(found)
+        now = budget.with_units({})
+
+        def saved(count: int) -> float:
+            kept = {key: int((~gone).sum()) for key, gone in self.gone.items()}
+            for _, key, _ in order[:count]:
+                kept[key] -= 1
+            return now - budget.with_units(kept)
+
+        self.capacity = saved(len(order)) if self.capacity is None else self.capacity
+        goal = goal if goal == math.inf else min(goal, BITE * self.capacity)
+        low, high = 0, len(order)  # the fewest units that save enough
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if saved(middle) >= goal else (middle + 1, high)
+        saves = saved(low)
+        if saves <= 0:
+            return 0.0
+        self._before = self._threshold
+        self._threshold = order[low - 1][0]
+        for _, key, unit in order[:low]:
+            self.going[key][unit] = True
+        return saves
+
+    def _ranking(self, found: Findings) -> list[tuple[float, Unit, int]]:
+        """(standardised score, site, unit) of what can go, the least first."""
+        scores = {key: found.units[key].double().cpu() for key in self.units if key in found.units}
+        standard: dict[Unit, Tensor] = {}
+        for kind in {kind for _, _, kind in scores}:
+            of_kind = torch.cat([s[~self.gone[key]] for key, s in scores.items() if key[2] == kind])
+            spread = of_kind.std(correction=0).clamp(min=1e-12)
+            standard |= {key: (s - of_kind.mean()) / spread for key, s in scores.items() if key[2] == kind}
+        found_units = []
+        for key, score in standard.items():
+            score = score.masked_fill(self.gone[key], -torch.inf)
+            stays = int(score.argmax())
+            found_units += [
+                (float(score[unit]), key, unit)
+                for unit in range(len(score))
+                if unit != stays and not self.gone[key][unit]
+            ]
+        return sorted(found_units)
+
+    def soften(self, counts: float) -> None:
+        for key, going in self.going.items():
+            gone = self.gone[key]
+            if bool(going.any()) or bool(gone.any()):
+                device = self.masks.sites[key].out.weight.device
+                mask = torch.ones(len(gone)).masked_fill_(going, counts).masked_fill_(gone, 0.0)
+                self.masks.units[key] = mask.to(device)
+            else:
+                self.masks.units.pop(key, None)
+
+    def settle(self) -> None:
+        for key, going in self.going.items():
+            self.gone[key] |= going
+            going.zero_()
+        self.soften(0.0)
+
+    def withdraw(self) -> None:
+        for going in self.going.values():
+            going.zero_()
+        self._threshold = self._before
+        self.soften(0.0)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "threshold": self._threshold,
+            "capacity": self.capacity,
+            **{
+                name: [[*key, mask.nonzero().flatten().tolist()] for key, mask in masks.items() if bool(mask.any())]
+                for name, masks in (("gone", self.gone), ("going", self.going))
+            },
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._threshold = self._before = state["threshold"]
+        self.capacity = state["capacity"]
+        for name, masks in (("gone", self.gone), ("going", self.going)):
+            for mask in masks.values():
+                mask.zero_()
+            for tower, layer, kind, units in state[name]:
+                masks[tower, layer, kind][units] = True
+        self.soften(0.0)
+
+    def write(self, plan: Plan, found: Findings | None) -> None:
+        for (tower, layer, kind), gone in self.gone.items():
+            if bool(gone.any()):
+                plan.add(tower, kind, layer, gone.nonzero().flatten().tolist())
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+class TokenMode(Mode):
+    """Tokens of some towers, sample by sample: those whose importance in any block is at most the threshold."""
+
+    def __init__(self, name: str, masks: Masks, towers: Iterable[str]) -> None:
+        self.name, self.masks = name, masks
+        self._towers = tuple(towers)
+        self.limit = Threshold()
+
+    @property
+    def threshold(self) -> float:
+        return self.limit.going
+
+    def towers(self) -> tuple[str, ...]:
+        return self._towers
+
+    def raise_threshold(self, found: Findings, budget: Budget, goal: float) -> float:
+        now = budget.with_units({})
+        low, high = self.limit.going, 1.0  # importances of a sample sum to one
+
+        def saved(threshold: float) -> float:
+            return now - self._flops_at(threshold, found, budget)
+
+        self.capacity = saved(high) if self.capacity is None else self.capacity
+        goal = goal if goal == math.inf else min(goal, BITE * self.capacity)
+        if saved(high) <= 0:
+            return 0.0
+        if saved(high) > goal:
+            for _ in range(24):
+                middle = (low + high) / 2
+                low, high = (low, middle) if saved(middle) >= goal else (middle, high)
+        saves = saved(high)
+        self.limit = replace(self.limit, going=high, soft=1.0)
+        self.soften(1.0)
+        return saves
+
+    def _flops_at(self, threshold: float, found: Findings, budget: Budget) -> float:
+        """FLOPs with another threshold, told from the importances of tokens that are still there."""
+        shares: dict[str, list[float]] = {}
+        left: dict[str, float] = {}
+        for tower in self._towers:
+            counts = [_passing(blocks, threshold) for blocks in found.tokens[tower]]  # of each batch: [blocks + 1]
+            before = [_passing(blocks, 0.0) for blocks in found.tokens[tower]]
+            ratio = (torch.stack(counts).sum(0) / torch.stack(before).sum(0)).tolist()
+            shares[tower], left[tower] = ratio[:-1], ratio[-1]
+        self._beyond(shares, left, found)
+        return budget.with_tokens(shares, left)
+
+    def _beyond(self, shares: dict[str, list[float]], left: dict[str, float], found: Findings) -> None:
+        """Patches that leave a vision tower do not enter the language model either."""
+        visual = self.masks.anatomy.family.visual
+        if visual is None or visual.reader or "vision" not in left or visual.tower not in found.tokens:
+            return
+        of_blocks = []
+        for layer in range(len(found.tokens[visual.tower][0])):
+            free = sum(int((t.free & t.alive).sum()) for t in (b[layer][0] for b in found.tokens[visual.tower]))
+            every = sum(int(t.alive.sum()) for t in (b[layer][0] for b in found.tokens[visual.tower]))
+            of_blocks.append(1 - free / every * (1 - left["vision"]))
+        own = shares.get(visual.tower, [1.0] * len(of_blocks))
+        shares[visual.tower] = [a * b for a, b in zip(own, of_blocks, strict=True)]
+
+    def soften(self, counts: float) -> None:
+        self.limit = replace(self.limit, soft=counts)
+        for tower in self._towers:
+            self.masks.flow.thresholds[tower] = self.limit
+
+    def settle(self) -> None:
+        self.limit = replace(self.limit, gone=self.limit.going)
+        self.soften(0.0)
+
+    def withdraw(self) -> None:
+        self.limit = replace(self.limit, going=self.limit.gone)
+        self.soften(0.0)
+
+    def state(self) -> dict[str, Any]:
+        return {"threshold": self.limit.going, "capacity": self.capacity, "gone": self.limit.gone}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.limit = Threshold(going=state["threshold"], gone=state["gone"])
+        self.capacity = state["capacity"]
+        self.soften(0.0)
+
+    def write(self, plan: Plan, found: Findings | None) -> None:
+        if self.limit.gone == 0:
+            return
+        for tower in self._towers:
+            if found is None:
+                plan.tokens[tower] = {"threshold": self.limit.gone}
+                continue
+            movable = sum(int(blocks[0][0].free.sum()) for blocks in found.tokens[tower])
+            left = [_passing(blocks, self.limit.gone, free=True) for blocks in found.tokens[tower]]
+            plan.tokens[tower] = {"keep": (torch.stack(left).sum(0)[1:] / movable).tolist()}
+
+
+def _passing(blocks: list[tuple[Tokens, Tensor]], threshold: float, *, free: bool = False) -> Tensor:
+    """[blocks + 1] how many tokens of a batch enter each block, and leave the last, under another threshold.
+
+    What is left shares the importance of what left before. free: count only those that may leave.
+    """
+    alive = blocks[0][0].alive
+    counts = []
+    for tokens, importance in blocks:
+        alive = alive & tokens.alive
+        counts.append((alive & tokens.free if free else alive).sum())
+        worth = importance * alive
+        worth = worth / worth.sum(1, keepdim=True).clamp(min=1e-30)
+        alive = Threshold(going=threshold, gone=threshold).mask(worth, tokens.free, alive, 0).bool() & alive
+    return torch.stack([*counts, (alive & blocks[-1][0].free if free else alive).sum()]).double()
+
+
+# --- which a model has -----------------------------------------------------------------------------------------------
+
+
+def _unit_mode(name: str, wanted: Callable[[str, str], bool]) -> Callable[[Masks], Mode | None]:
+    def build(masks: Masks) -> Mode | None:
+        units = [key for key, site in masks.sites.items() if wanted(key[0], key[2]) and removable(site)]
+        return UnitMode(name, masks, units) if units else None
+
+    return build
+
+
+def _token_mode(name: str, wanted: Callable[[str], bool]) -> Callable[[Masks], Mode | None]:
+    def build(masks: Masks) -> Mode | None:
+        towers = [tower for tower in masks.flow.towers if wanted(tower)]
+        return TokenMode(name, masks, towers) if towers else None
+
+    return build
+
+
+# Name -> what makes the mode of a model, or None if it has nothing of the kind. The first five are CoMP's.
+MODES: dict[str, Callable[[Masks], Mode | None]] = {
+    "vision parameters": _unit_mode("vision parameters", lambda tower, kind: tower == "vision"),
+    "language parameters": _unit_mode(
+        "language parameters", lambda tower, kind: tower != "vision" and kind != "cross_head"
+    ),
+    "cross-modal parameters": _unit_mode("cross-modal parameters", lambda tower, kind: kind == "cross_head"),
+    "vision tokens": _token_mode("vision tokens", lambda tower: tower == "vision"),
+    "language tokens": _token_mode("language tokens", lambda tower: tower != "vision"),
+    "parameters": _unit_mode("parameters", lambda tower, kind: True),
+    "tokens": _token_mode("tokens", lambda tower: True),
+}

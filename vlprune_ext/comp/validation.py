@@ -1,0 +1,171 @@
+"""What a model under its masks can do, and what it costs: accuracy and FLOPs on validation data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..data import Data
+from ..flops import count_flops
+from ..interventions import Within
+from ..objectives import Objective
+from ..patch import evaluation_mode
+from ..replay import Replay
+from .flops import Load, Unit, blocks_flops
+from .masks import Masks, inputs_of
+from .tokens import memories
+
+Context = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """accuracy: mean of the objective's values; flops: of one sample; load: the tokens that ran."""
+
+    accuracy: float
+    flops: float
+    load: Load
+
+
+@dataclass
+class _Seen:
+    """What was noted of some runs, batch by batch."""
+
+    entered: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)  # tower -> batch -> block -> [B]
+    left: dict[str, list[Tensor]] = field(default_factory=dict)
+    kept: dict[Unit, int] = field(default_factory=dict)
+
+    def note(self, masks: Masks, towers: Sequence[str]) -> None:
+        for name in towers:
+            tokens = masks.flow.state[name]
+            self.entered.setdefault(name, []).append(tokens.entered)
+            self.left.setdefault(name, []).append(tokens.alive.sum(1))
+        self.kept = masks.kept()
+
+    def load(self) -> Load:
+        return Load(
+            {name: [torch.cat(block) for block in zip(*found, strict=True)] for name, found in self.entered.items()},
+            {name: torch.cat(found) for name, found in self.left.items()},
+        )
+
+
+class Validation:
+    """Judges a model under its masks; what counts less does not count here.
+
+    masks       installed, and as yet empty: what is counted at first is the dense model
+    dense       FLOPs of one sample of that
+
+    Raises ValueError for data that the objective cannot use, and an accuracy that is not finite.
+    """
+
+    def __init__(self, masks: Masks, objective: Objective, data: Data, batch_size: int) -> None:
+        self.masks, self.anatomy = masks, masks.anatomy
+        self.objective, self.data = objective, data
+        self.inputs = inputs_of(self.anatomy, objective, data, batch_size)
+        self.memories = memories(self.anatomy)
+        self._embedded: dict[str, Tensor] = {}  # outputs of the two towers of a dual encoder, when last measured
+        self._load = Load()
+        self._rest = self._around_blocks(inputs_of(self.anatomy, objective, data.subset(1), 1))
+        self.dense = self.now().flops
+
+    def total(self, kept: dict[Unit, int], load: Load) -> float:
+        """FLOPs of one sample: of the blocks by their shapes, and of what lies around them, which does not change."""
+        return self._rest + blocks_flops(self.anatomy, self.memories, load, kept)
+
+    def now(self) -> Measured:
+        """The model as its masks are."""
+        seen = _Seen()
+        with torch.no_grad(), evaluation_mode(self.anatomy.model), self.masks.hardened():
+            outputs = {
+                tower: torch.cat([self._run(tower, batch, seen) for batch in batches])
+                for tower, batches in self.inputs.items()
+            }
+        if len(outputs) > 1:
+            self._embedded = outputs
+        self._load = seen.load()
+        first = next(iter(outputs))
+        return self._judged(first, outputs[first], seen)
+
+    def trials(self, towers: Sequence[str], contexts: Sequence[Context]) -> list[Measured]:
+        """The model as it was measured last, but within each of some contexts, which change only some ``towers``.
+
+        By replay: what comes before the first of these towers runs once, and one that stands beside it not at all.
+        """
+        dual = len(self.inputs) > 1
+        if dual and len(set(towers)) > 1:
+            return [self._whole(context) for context in contexts]
+        first = next(name for name in self.anatomy.towers if name in towers)
+        source = first if dual else next(iter(self.inputs))
+        every = [_Seen() for _ in contexts]
+        noting = _Seen()  # of the dense pass
+
+        def change(context: Context, seen: _Seen) -> Context:
+            @contextmanager
+            def within() -> Iterator[None]:
+                nonlocal noting
+                outside, noting = noting, seen
+                try:
+                    with context(), self.masks.hardened():
+                        yield
+                finally:
+                    noting = outside
+
+            return within
+
+        replay = Replay(
+            self.anatomy,
+            first,
+            self.inputs[source],
+            lambda _, inputs: self._run(source, inputs, noting),
+            carrier=self.masks.flow,
+        )
+        changes = [Within(first, 0, change(context, seen)) for context, seen in zip(contexts, every, strict=True)]
+        with self.masks.hardened():
+            (_, found) = next(iter(replay.walk(changes, finish=False)))
+        return [self._judged(source, output, seen) for output, seen in zip(found, every, strict=True)]
+
+    def _whole(self, context: Context) -> Measured:
+        embedded, load = self._embedded, self._load
+        try:
+            with context():
+                return self.now()
+        finally:
+            self._embedded, self._load = embedded, load
+
+    def _run(self, tower: str, inputs: dict[str, Tensor], seen: _Seen) -> Tensor:
+        output = self.objective.outputs(self.anatomy, tower, inputs)
+        seen.note(self.masks, self._running(tower))
+        return output
+
+    def _running(self, tower: str) -> list[str]:
+        """The towers that run when the objective runs one."""
+        return [tower] if len(self.inputs) > 1 else list(self.anatomy.towers)
+
+    def _judged(self, tower: str, outputs: Tensor, seen: _Seen) -> Measured:
+        other = next((found for name, found in self._embedded.items() if name != tower), None)
+        accuracy = float(self.objective.values(self.anatomy, tower, outputs, other, self.data).double().mean())
+        if not math.isfinite(accuracy):
+            raise ValueError(
+                f"objective: {self.objective.name} is {accuracy} on {self.data.name}; expected a finite number"
+            )
+        load = seen.load()
+        load = Load({**self._load.entered, **load.entered}, {**self._load.left, **load.left})
+        return Measured(accuracy, self.total(seen.kept, load), load)
+
+    @torch.no_grad()
+    def _around_blocks(self, one: dict[str, list[dict[str, Tensor]]]) -> float:
+        """FLOPs around the blocks: torch's count of one sample without those of its blocks."""
+        seen = _Seen()
+
+        def run() -> None:
+            for tower, batches in one.items():
+                self._run(tower, batches[0], seen)
+
+        with evaluation_mode(self.anatomy.model):
+            counted = count_flops(run)
+        return counted - blocks_flops(self.anatomy, self.memories, seen.load(), {})
