@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from .anatomy import Anatomy, describe
 from .checkpoint import save_pruned
 from .data import Data
 from .flops import count_flops
+from .methods.comp import CoMP
 from .methods.ecoflap import ECoFLaP
 from .methods.structured import Structured
 from .objectives import LMLoss, Objective, objective_named
@@ -24,6 +26,8 @@ from .plan import Plan, Scores
 from .replay import Progress
 from .scoring import candidates, check_kinds, neuron_groups
 from .surgery import apply
+from .tokens import prune_tokens
+from .tokens.session import tokens_are_pruned
 
 
 @dataclass
@@ -66,24 +70,33 @@ def default_objective(anatomy: Anatomy) -> Objective:
 def evaluate(
     model: nn.Module, data: Data, objective: str | Objective | None = None, *, batch_size: int = 32
 ) -> dict[str, float]:
-    """The numbers an objective reports, for instance recall@1; None picks what suits the model."""
+    """The numbers an objective reports, for instance recall@1; None picks what suits the model.
+
+    Tokens leave as the model's plan says.
+    """
     anatomy = describe(model)
     objective = default_objective(anatomy) if objective is None else objective_named(objective)
-    return objective.report(anatomy, data, batch_size)
+    with _as_planned(model):
+        return objective.report(anatomy, data, batch_size)
+
+
+def _as_planned(model: nn.Module) -> AbstractContextManager[object]:
+    """Tokens leave as the model's plan says, unless something else prunes them already."""
+    return nullcontext() if tokens_are_pruned(model) else prune_tokens(model)
 
 
 @torch.no_grad()
 def measure(model: nn.Module, data: Data, objective: str | Objective | None = None, *, repeats: int = 20) -> dict:
     """Parameters, and how many are not zero; FLOPs (two per multiply-add) and latency (median, batch 1) of one sample.
 
-    The sample goes through all towers.
+    The sample goes through all towers; tokens leave as the model's plan says.
     """
     anatomy = describe(model)
     objective = default_objective(anatomy) if objective is None else objective_named(objective)
     one = data.subset(1)
     towers = objective.towers(anatomy)[:1] if isinstance(objective, LMLoss) else objective.towers(anatomy)
     # Where gradients are on, the counter hooks a BLIP-2 model's query tokens, which have none under no_grad.
-    with evaluation_mode(model), gradients_only_of(model):
+    with evaluation_mode(model), gradients_only_of(model), _as_planned(model):
         inputs = {tower: objective.batches(anatomy, tower, one, 1)[0] for tower in towers}
 
         def run() -> None:
@@ -134,7 +147,7 @@ def prune_weights(
 def prune(
     model: nn.Module,
     data: Data,
-    method: Structured | ECoFLaP | Plan,
+    method: Structured | ECoFLaP | CoMP | Plan,
     *,
     evaluation: Data | None = None,
     metric: str | Objective | None = None,
@@ -168,7 +181,7 @@ def prune(
     return Result(
         model=model,
         plan=plan,
-        scores=None if isinstance(method, Plan) else method.scores,
+        scores=None if isinstance(method, Plan | CoMP) else method.scores,
         before=before,
         after=_numbers(model, data, evaluation, metric),
         method=plan.method,

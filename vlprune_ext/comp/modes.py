@@ -36,7 +36,8 @@ class Mode(ABC):
     def raise_threshold(self, found: Findings, budget: Budget, goal: float) -> float:
         """Raise it just so far that what is going then saves ``goal`` FLOPs, or all that can go.
 
-        Returns what it is going to save; 0 if nothing can go, and then nothing changes. Small modes take small steps, no more than `BITE` of their capacity, unless the goal is infinite.
+        Returns what it is going to save; 0 if nothing can go, and then nothing changes. Small modes take small
+        steps, no more than `BITE` of their capacity, unless the goal is infinite.
         """
 
     @abstractmethod

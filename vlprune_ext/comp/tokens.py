@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..anatomy import Anatomy, Tower
 from ..patch import Patches
 from ..tokens.attention import log_sum_exp, watch, weigh
@@ -47,15 +46,19 @@ class Threshold:
     def active(self) -> bool:
         return self.going > 0 or self.keep is not None
 
-    def mask(self, importance: Tensor, free: Tensor, alive: Tensor, layer: int) -> Tensor:
+    def mask(
+        self, importance: Tensor, free: Tensor, alive: Tensor, layer: int = 0, movable: Tensor | None = None
+    ) -> Tensor:
         """What each token counts behind a block, [B, T], by its importance [B, T].
 
-        Tokens that are not ``free`` to leave count 1, and so does the best of the others that are ``alive``.
+        Tokens that are not ``free`` to leave count 1, and so does the best of the others that are ``alive``. Shares are
+        of those that were ``movable`` at first, [B].
         """
         there = free & alive
         worth = importance.masked_fill(~there, -torch.inf)
         if self.keep is not None:
-            left = torch.tensor([share(self.keep[layer], n) for n in free.sum(1).tolist()], device=free.device)
+            counts_of = (free.sum(1) if movable is None else movable).tolist()
+            left = torch.tensor([share(self.keep[layer], n) for n in counts_of], device=free.device)
             stays = worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < left[:, None]
             return (stays | ~free).float()
         counts = torch.ones_like(importance)
@@ -76,6 +79,7 @@ class Tokens:
     mask     [B, T] fp32, what they count as keys, 0 for padding; None while nothing has left
     index    [B, T] their places in the whole sequence, once some were taken out
     length   of the whole sequence
+    movable  [B] how many of it were free to leave
     entered  how many entered each block so far, [B] each
     """
 
@@ -86,31 +90,13 @@ class Tokens:
     mask: Tensor | None = None
     index: Tensor | None = None
     length: int = 0
+    movable: Tensor | None = None
     entered: tuple[Tensor, ...] = ()
 
     @property
     def alive(self) -> Tensor:
         """[B, T] bool."""
         return self.valid if self.mask is None else self.valid & (self.mask > 0)
-
-    def take_out(self) -> tuple[Tokens, Tensor]:
-        """Only those that are alive, and which of these they are, [B, K]; fillers where a sample has fewer."""
-        alive = self.alive
-        counts = alive.sum(1).tolist()
-        picked = ops.select_tokens(alive.float(), max(counts))
-        places = torch.arange(self.length, device=alive.device)[None].expand_as(alive)
-        places = places if self.index is None else self.index
-        valid, free, asks, places = ops.compact_tokens(picked, [alive, self.free, self.asks, places])
-        full = min(counts) == max(counts)
-        return replace(
-            self,
-            valid=valid,
-            free=free & valid,
-            asks=asks & valid,
-            whole=False,
-            mask=None if full else valid.float(),
-            index=places,
-        ), picked
 
 
 def token_towers(anatomy: Anatomy) -> tuple[str, ...]:
@@ -178,7 +164,7 @@ class TokenFlow:
                     watch(patches, block.sites["head"], self._look(tower, layer))
                     patches.hook(block.module, self._leave(tower, layer), prepend=True)
                 if name in self._memory_of and "cross_head" in block.sites:
-                    weigh(patches, block.sites["cross_head"], self._mask_of(self._memory_of[name]))
+                    weigh(patches, block.sites["cross_head"], self._memory_mask(name))
 
     @contextmanager
     def hardened(self) -> Iterator[None]:
@@ -193,6 +179,10 @@ class TokenFlow:
     def active(self, tower: str) -> bool:
         """Whether tokens of a tower leave."""
         return tower in self.thresholds and self.thresholds[tower].active
+
+    def _memory_mask(self, reader: str) -> Callable[[], Tensor | None]:
+        """What the tokens count that a tower's cross-attention reads."""
+        return self._mask_of(self._memory_of[reader])
 
     def _mask_of(self, tower: str) -> Callable[[], Tensor | None]:
         def mask() -> Tensor | None:
@@ -250,7 +240,7 @@ class TokenFlow:
             valid = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
             cls = tower.cls if tower.name == "vision" else 0
             tokens = Tokens(valid, valid & (torch.arange(length, device=hidden.device) >= cls), valid, whole=True)
-        tokens = replace(tokens, length=length)
+        tokens = replace(tokens, length=length, movable=tokens.free.sum(1))
         visual, patches = self.anatomy.family.visual, self.state.get("vision")
         if visual is None or visual.reader or tower.name != visual.tower or patches is None or patches.mask is None:
             return tokens
@@ -272,7 +262,7 @@ class TokenFlow:
             votes = self.head_masks(tower.name, layer)
             if votes is not None:
                 votes = votes.repeat_interleave(query.shape[1] // len(votes))
-            found = _importance(query, key, scale, tokens, votes, causal)
+            found = importance_in(query, key, scale, tokens, votes, causal)
             if self.on_importance is not None:
                 self.on_importance(tower.name, layer, tokens, found)
             if leaves:
@@ -286,14 +276,16 @@ class TokenFlow:
             if importance is None:
                 return
             tokens = self.state[tower.name]
-            counts = self.thresholds[tower.name].mask(importance, tokens.free, tokens.alive, layer)
+            counts = self.thresholds[tower.name].mask(importance, tokens.free, tokens.alive, layer, tokens.movable)
             before = tokens.valid.float() if tokens.mask is None else tokens.mask
             self._set(tower.name, replace(tokens, mask=counts * before))
 
         return leave
 
 
-def _importance(query: Tensor, key: Tensor, scale: float, tokens: Tokens, votes: Tensor | None, causal: bool) -> Tensor:
+def importance_in(
+    query: Tensor, key: Tensor, scale: float, tokens: Tokens, votes: Tensor | None, causal: bool
+) -> Tensor:
     """[B, T]: what tokens are worth by one block's attention, among those that are there and ask."""
     there = None if tokens.whole and tokens.mask is None else tokens.alive & tokens.asks
     added = None

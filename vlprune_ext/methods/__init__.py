@@ -4,6 +4,8 @@ Those that prune parameters have a `plan` that says what goes; those that prune 
 """
 
 from .baselines import GlobalMagnitude, SparseGPT, Wanda
+from .comp import CoMP
+from .comp_baselines import JointSequential, JointSimultaneous, ParametersOnly, TokensOnly
 from .divprune import DivPrune
 from .ecoflap import ECoFLaP
 from .fastv import FastV
@@ -20,6 +22,13 @@ from .visionzip import VisionZip
 
 STRUCTURED = {"mope": MoPE, "magnitude": Magnitude, "random": Random, "taylor": Taylor}
 LAYERWISE = {"ecoflap": ECoFLaP, "wanda": Wanda, "sparsegpt": SparseGPT, "globalmagnitude": GlobalMagnitude}
+COLLABORATIVE = {
+    "comp": CoMP,
+    "parametersonly": ParametersOnly,
+    "tokensonly": TokensOnly,
+    "jointsequential": JointSequential,
+    "jointsimultaneous": JointSimultaneous,
+}
 TOKENS = {
     "fastv": FastV,
     "pyramiddrop": PyramidDrop,
@@ -30,27 +39,33 @@ TOKENS = {
     "lookm": LookM,
     "random": RandomTokens,
 }
-METHODS = {**STRUCTURED, **LAYERWISE}
+METHODS = {**STRUCTURED, **LAYERWISE, **COLLABORATIVE}
 
 __all__ = [
+    "COLLABORATIVE",
     "LAYERWISE",
     "METHODS",
     "PLPHP",
     "STRUCTURED",
     "TOKENS",
+    "CoMP",
     "DivPrune",
     "ECoFLaP",
     "FastV",
     "GlobalMagnitude",
+    "JointSequential",
+    "JointSimultaneous",
     "LookM",
     "Magnitude",
     "MoPE",
+    "ParametersOnly",
     "PyramidDrop",
     "Random",
     "RandomTokens",
     "SparseGPT",
     "Taylor",
     "ToMe",
+    "TokensOnly",
     "VisionZip",
     "Wanda",
 ]

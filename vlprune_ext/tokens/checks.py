@@ -13,7 +13,7 @@ from .method import DropTokens, EvictTokens
 def check_stages(method: DropTokens, depth: int) -> dict[int, float]:
     """The stages of a method. Raises ValueError for a block that a model does not have."""
     stages = method.stages(depth)
-    first = 1 if method.reads_attention else 0
+    first = 1 if method.watches(0) else 0
     for layer in stages:
         if not first <= layer < depth:
             raise ValueError(

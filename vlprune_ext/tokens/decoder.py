@@ -21,7 +21,7 @@ from ..patch import Patches
 from . import attention, masks
 from .cache import PrunedLayer, check_cache, put_layer
 from .checks import check_runs_once, check_stages, check_start
-from .method import CacheView, DropTokens, EvictTokens, View, choose, share
+from .method import Asking, CacheView, DropTokens, EvictTokens, View, choose, share
 from .record import Pruning
 
 
@@ -80,8 +80,8 @@ class DecoderStream:
                 attention.watch(patches, self.sites[layer], self._watcher(layer))
                 patches.hook(blocks[layer], self._evict_hook(layer), with_kwargs=True)
             return
-        if self.method.reads_attention:
-            for layer in self.stages:
+        for layer in self.stages:
+            if self.method.watches(layer):
                 attention.watch(patches, self.sites[layer - 1], self._watcher(layer))
         patches.hook(blocks[-1], self._leave, prepend=True)
 
@@ -164,7 +164,7 @@ class DecoderStream:
         else:
             patches, stay = self.summary.shape[1], int(self.summary[0].sum())  # as many of every image
             kept = [count // patches * stay for count in prompt.images]
-        if kept == prompt.images:
+        if kept == prompt.images and type(method).stay is DropTokens.stay:
             return hidden
         view = View(
             layer=layer,
@@ -176,7 +176,12 @@ class DecoderStream:
             summary=None if self.summary is None else spread_over(self.summary, prompt.visual),
         )
         text = prompt.valid & ~prompt.visual
-        score = method.score(view).float().masked_fill(~prompt.valid, torch.nan)
+        stays = method.stay(view)
+        if stays is not None:
+            kept, seen = torch.stack([(stays & prompt.visual).sum(1), prompt.visual.sum(1)]).tolist()
+            if kept == seen:
+                return hidden
+        score = (method.score(view) if stays is None else stays).float().masked_fill(~prompt.valid, torch.nan)
         counts = [of_text + of_image for of_text, of_image in zip(prompt.texts, kept, strict=True)]
         index, valid = choose(score, text, counts)
         given, embeddings = self._mask, self._embeddings
@@ -259,15 +264,15 @@ class DecoderStream:
             prompt = self.prompt
             if prompt is None:
                 return
-            valid = prompt.valid
             if isinstance(self.method, EvictTokens) and self.method.rows == "all":
                 self.received[layer] = attention.from_all(query, key, scale, prompt.spans, prompt.prefix)
                 return
-            row = prompt.row[:, None]
-            asking = ops.compact_tokens(row, [query], [2])[0]
-            seen = valid & (torch.arange(key.shape[2], device=key.device) <= row)
-            by_head = attention.from_rows(asking, key, scale, seen)
-            self.received[layer] = by_head if isinstance(self.method, EvictTokens) else by_head.sum(1)
+            block = layer if isinstance(self.method, EvictTokens) else layer - 1
+            asking = Asking(query, key, scale, block, prompt.visual, prompt.valid, prompt.row)
+            if isinstance(self.method, EvictTokens):
+                self.received[layer] = asking.from_row()
+            else:
+                self.received[layer] = self.method.receive(asking)
 
         return look
 

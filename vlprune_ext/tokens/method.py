@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..anatomy import Anatomy
+from ..patch import Patches
+from .record import Pruning
 
 POSITIONS = ("keep", "renumber")
 
@@ -86,6 +89,31 @@ class CacheView:
         )
 
 
+@dataclass(frozen=True)
+class Asking:
+    """The attention of a block of a decoder: who asks what."""
+
+    query: Tensor  # [B, H, T, d]
+    key: Tensor  # [B, Hkv, T, d]
+    scale: float
+    layer: int  # of the block
+    visual: Tensor  # [B, T] bool
+    valid: Tensor  # [B, T] bool
+    row: Tensor  # [B] the last instruction token
+
+    @property
+    def prompt(self) -> Tensor:
+        """[B, T] bool: what is up to the last instruction token."""
+        return self.valid & (torch.arange(self.key.shape[2], device=self.key.device) <= self.row[:, None])
+
+    def from_row(self) -> Tensor:
+        """[B, Hkv, T]: the attention of the last instruction token, summed over the query heads of each key head."""
+        from .attention import from_rows
+
+        asking = ops.compact_tokens(self.row[:, None], [self.query], [2])[0]
+        return from_rows(asking, self.key, self.scale, self.prompt)
+
+
 def share(keep: float, count: int) -> int:
     """How many of ``count`` tokens a share is: rounded to the nearest, at least one of any."""
     return min(count, max(1, round(keep * count))) if count else 0
@@ -135,6 +163,18 @@ class DropTokens(TokenMethod, ABC):
     def score(self, view: View) -> Tensor:
         """[B, T]: the visual tokens of highest score stay. Values at other tokens do not matter."""
 
+    def stay(self, view: View) -> Tensor | None:
+        """[B, T] bool: the visual tokens that stay, where they are not so many as `stages` says; None: as many."""
+        return None
+
+    def watches(self, layer: int) -> bool:
+        """Whether a stage looks at the attention of the block before."""
+        return self.reads_attention
+
+    def receive(self, asking: Asking) -> Tensor:
+        """[B, T] fp32: `View.received`, here what all heads of the last instruction token give each key."""
+        return asking.from_row().sum(1)
+
 
 @dataclass(frozen=True)
 class SummariseTokens(DropTokens, ABC):
@@ -143,6 +183,14 @@ class SummariseTokens(DropTokens, ABC):
     @abstractmethod
     def summarise(self, features: Features, count: int) -> tuple[Tensor, Tensor]:
         """``count`` tokens of each image, before they enter the language model: kept [N, P] bool and their states."""
+
+
+class PruneTowers(TokenMethod, ABC):
+    """Tokens of any tower leave behind its blocks, visual or not."""
+
+    @abstractmethod
+    def install(self, patches: Patches, anatomy: Anatomy, pruning: Pruning) -> None:
+        """Put the hooks in place."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .cross import CrossStream
 from .decoder import DecoderStream
 from .features import FeatureTap, before, check_projector
 from .merging import MergingTower
-from .method import POSITIONS, DropTokens, EvictTokens, MergeTokens, SummariseTokens, TokenMethod, View
+from .method import POSITIONS, DropTokens, EvictTokens, MergeTokens, PruneTowers, SummariseTokens, TokenMethod, View
 from .record import Pruning
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -24,8 +24,8 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def prune_tokens(model: nn.Module, method: TokenMethod) -> Iterator[Pruning]:
-    """Prune visual tokens in every forward and ``generate`` of ``model`` within the ``with`` block.
+def prune_tokens(model: nn.Module, method: TokenMethod | None = None) -> Iterator[Pruning]:
+    """Prune tokens in every forward and ``generate`` of ``model`` within the ``with`` block.
 
     Works on batches, padded on either side, several images a sample, with SDPA, eager or flash attention, with or
     without a key-value cache; a sample's result does not depend on its batch. Logits and losses keep their shapes.
@@ -35,9 +35,11 @@ def prune_tokens(model: nn.Module, method: TokenMethod) -> Iterator[Pruning]:
     ----------
     model : a transformers model
         One whose family the package knows (`anatomy.FAMILIES`) and that sees images.
-    method : TokenMethod
-        `FastV`, `PyramidDrop`, `VisionZip`, `DivPrune`, `RandomTokens` (the language model computes less from a block
-        on), `PLPHP`, `LookM` (its key-value cache shrinks after the prefill), `ToMe` (the vision tower merges tokens).
+    method : TokenMethod, optional
+        Without one, those tokens leave of which the model's plan says so (`Plan.tokens`, as `CoMP` makes them), and
+        none where it does not. `FastV`, `PyramidDrop`, `VisionZip`, `DivPrune`, `RandomTokens` (the language model
+        computes less from a block on), `PLPHP`, `LookM` (its key-value cache shrinks after the prefill), `ToMe` (the
+        vision tower merges tokens).
 
     Yields
     ------
@@ -53,6 +55,10 @@ def prune_tokens(model: nn.Module, method: TokenMethod) -> Iterator[Pruning]:
         cache of visual tokens where there is none, a model within another such block. Later, within the block: a batch
         without an image, without input_ids, a cache that is not dynamic, gradient checkpointing.
     """
+    if method is None:
+        from ..comp.removal import PlannedTokens  # which is built on this package
+
+        method = PlannedTokens.of(model)
     if not isinstance(method, TokenMethod):
         what = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
         raise TypeError(f"method is {what}; expected a TokenMethod such as FastV()")
@@ -72,8 +78,16 @@ def prune_tokens(model: nn.Module, method: TokenMethod) -> Iterator[Pruning]:
             _active.difference_update(modules)
 
 
+def tokens_are_pruned(model: nn.Module) -> bool:
+    """Whether a model is within ``with prune_tokens(..)``."""
+    return any(module in _active for module in model.modules())
+
+
 def _install(patches: Patches, anatomy: Anatomy, method: TokenMethod, pruning: Pruning) -> None:
     visual = anatomy.family.visual
+    if isinstance(method, PruneTowers):
+        method.install(patches, anatomy, pruning)
+        return
     if isinstance(method, MergeTokens):
         _merge(patches, anatomy, method, pruning)
         return
