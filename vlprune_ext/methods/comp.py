@@ -59,7 +59,7 @@ class CoMP(TrainerCallback, ExportableState):
     flops       share of the dense model's FLOPs that is kept, in (0, 1)
     train       False: `plan` prunes at once
     validation  data on which accuracy is measured; for `plan`, what it is given
-    data        data on which units and tokens are scored; None: the validation data
+    calibration data on which units and tokens are scored; None: the validation data
     objective   what accuracy is; None: "retrieval" for a model with two embeddings, else "exact_match"
     modes       names from `comp.modes.MODES`; None: the five of CoMP, as far as the model has them
     interval    training steps of a stage, in which what was chosen fades out [ours: the paper gives no number]
@@ -79,7 +79,7 @@ class CoMP(TrainerCallback, ExportableState):
     flops: float = 0.3
     train: bool = True
     validation: Data | None = field(default=None, repr=False)
-    data: Data | None = field(default=None, repr=False)
+    calibration: Data | None = field(default=None, repr=False)
     objective: str | Objective | None = None
     modes: Sequence[str] | None = None
     interval: int = 50
@@ -122,7 +122,7 @@ class CoMP(TrainerCallback, ExportableState):
     def describe(self) -> dict[str, Any]:
         """The method's name and fields, as plain data."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        for place in ("validation", "data"):
+        for place in ("validation", "calibration"):
             data = found[place]
             found[place] = None if data is None else {"name": data.name, "split": data.split, "hash": data.hash}
         if isinstance(self.objective, Objective):
@@ -150,7 +150,7 @@ class CoMP(TrainerCallback, ExportableState):
     def plan(self, model: nn.Module, data: Data, *, progress: Progress | None = None) -> Plan:
         """What goes, without training; the model is not changed.
 
-        data  the validation data, and what is scored unless the field ``data`` says otherwise
+        data  the validation data, and what is scored unless the field ``calibration`` says otherwise
 
         Raises ValueError for ``train=True``, a target that cannot be reached, a model without any of the modes, and an
         accuracy that is not finite.
@@ -230,7 +230,9 @@ class CoMP(TrainerCallback, ExportableState):
             run.close_stage(state.global_step)
         plan, model, self._kept = run.plan(), run.model, run.state()
         self.detach()
-        apply(model, plan, self.data or self.validation, round_to=1)  # what was trained without should not come back
+        apply(
+            model, plan, self.calibration or self.validation, round_to=1
+        )  # what was trained without should not come back
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the Trainer keeps: plain data."""
@@ -252,7 +254,7 @@ class _Run:
         try:
             self.masks.install(self.patches)
             self.validation = Validation(self.masks, self.objective, validation, method.batch_size)
-            self.scored = inputs_of(self.anatomy, self.objective, method.data or validation, method.batch_size)
+            self.scored = inputs_of(self.anatomy, self.objective, method.calibration or validation, method.batch_size)
             self.dense = self.validation.dense
             self.now: Measured = self.validation.now()
             self.whole: Load = self.now.load
@@ -447,7 +449,7 @@ class _Run:
         """Plain data, from which `load` goes on."""
         return {
             "fields": {
-                key: value for key, value in self.method.describe().items() if key not in ("validation", "data")
+                key: value for key, value in self.method.describe().items() if key not in ("validation", "calibration")
             },
             "modes": {name: mode.state() for name, mode in self.modes.items()},
             "strategy": self.strategy.as_dict(),
@@ -455,6 +457,7 @@ class _Run:
             "stage": {
                 "mode": None if self.mode is None else self.mode.name,
                 "opened": self.opened,
+                "planned": self.planned,
                 "entry": self.entry,
             },
             "now": {"accuracy": self.now.accuracy, "flops": self.now.flops},
