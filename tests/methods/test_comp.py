@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -239,6 +242,44 @@ def test_an_ordinary_trainer(task, tmp_path):
     trainer.train()
     assert method.history
     assert model.vlprune["plans"][-1]["plan"]["method"]["name"] == "comp"
+
+
+ON_TWO = """
+import os
+import torch
+import torch.distributed as dist
+import vlprune_ext as vp
+from vlprune_ext.models import load_model
+
+torch.set_num_threads(1)
+loaded = load_model("clip-digits", device="cpu")
+given = {"model": loaded.model, "processor": loaded.processor}
+validation, train = (vp.load_data("digits", split, limit=48, **given) for split in ("validation", "train"))
+validation = validation.subset(24 + 8 * int(os.environ["RANK"]))
+method = vp.CoMP(flops=0.7, interval=2, step=0.1, validation=validation)
+vp.train(loaded.model, method, train, steps=6, batch_size=8, learning_rate=1e-4)
+found = [(stage["mode"], stage["threshold"]) for stage in method.history]
+total = [p.double().sum().item() for p in loaded.model.parameters()]
+every = [None, None]
+dist.all_gather_object(every, (found, total))
+assert every[0] == every[1], every
+assert len(found) > 1
+print("agreed")
+"""
+
+
+def test_on_two_processes(tmp_path):
+    """Under torchrun, gradients are averaged, the first process decides, and both end with the same model.
+
+    Their validation data differ, so that each by itself would decide otherwise.
+    """
+    script = tmp_path / "train.py"
+    script.write_text(ON_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.stdout.count("agreed") == 2, done.stderr[-3000:]
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
