@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ..anatomy import describe
 from ..comp.flops import Load
 from ..comp.masks import Findings, Masks, examine, inputs_of
 from ..comp.modes import MODES, Budget, Mode
+from ..comp.scalars import Board, of_stage
 from ..comp.strategy import ModeStrategy, cost
 from ..comp.validation import Measured, Validation
 from ..data import Data
@@ -54,7 +55,8 @@ class CoMP(TrainerCallback, ExportableState):
     >>> plan = vp.CoMP(flops=0.7, train=False).plan(model, validation)
 
     At the end of training the plan is applied: heads and neurons are physically gone. Tokens leave whoever runs the
-    model within ``with vp.prune_tokens(model):``. ``history`` tells what happened in each stage, and why.
+    model within ``with vp.prune_tokens(model):``. ``history`` tells what happened in each stage, and why; the Trainer's
+    log and TensorBoard get its numbers ("comp/..") when a stage is over.
 
     flops       share of the dense model's FLOPs that is kept, in (0, 1)
     train       False: `plan` prunes at once
@@ -114,6 +116,7 @@ class CoMP(TrainerCallback, ExportableState):
         self._strategy(["one"])
         self._run: _Run | None = None
         self._kept: dict[str, Any] = {}  # the state, once there is no run
+        self._board: Board | None = None
 
     @property
     def name(self) -> str:
@@ -190,7 +193,9 @@ class CoMP(TrainerCallback, ExportableState):
         """Take the hooks off the model; what they masked counts again. Training does so at its end."""
         if self._run is not None:
             self._run.patches.undo()
-        self._run = None
+        if self._board is not None:
+            self._board.close()
+        self._run = self._board = None
 
     # --- as a callback -----------------------------------------------------------------------------------------------
 
@@ -203,6 +208,7 @@ class CoMP(TrainerCallback, ExportableState):
         if args.restore_callback_states_from_checkpoint:
             raise ValueError("restore_callback_states_from_checkpoint: True, expected False: CoMP finds its own state")
         run = self._begin(model, self.validation)
+        self._board = Board(args, state, control)
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if saved and saved["attributes"]:
             run.load(saved["attributes"])
@@ -216,18 +222,26 @@ class CoMP(TrainerCallback, ExportableState):
         done = state.global_step - run.opened
         if run.mode is None or done >= run.length:
             if run.mode is not None:
-                run.close_stage(state.global_step)
+                self._close_stage(run, state)
             if not run.open_stage(state.global_step):
                 return
             done = 0
         run.soften(1 - (done + 1) / run.length)
+
+    def _close_stage(self, run: _Run, state: TrainerState) -> None:
+        run.close_stage(state.global_step)
+        thresholds = {name: mode.threshold for name, mode in run.modes.items()}
+        found = of_stage(self.history[-1], thresholds, run.strategy.costs)
+        state.log_history.append({"step": state.global_step, **found})
+        if self._board is not None:
+            self._board.write(found, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         run = self._run
         if run is None:
             return
         if run.mode is not None:
-            run.close_stage(state.global_step)
+            self._close_stage(run, state)
         plan, model, self._kept = run.plan(), run.model, run.state()
         self.detach()
         apply(
@@ -440,7 +454,11 @@ class _Run:
             mode.write(plan, found)
         self.now = self.validation.now()
         plan.method["history"] = self.method.history
-        plan.method["reached"] = {"accuracy": self.now.accuracy, "flops": self.now.flops / self.dense}
+        plan.method["reached"] = {
+            "accuracy": self.now.accuracy,
+            "flops": self.now.flops / self.dense,
+            "tokens": self.now.load.shares(self.whole),
+        }
         return plan
 
     # --- to be kept --------------------------------------------------------------------------------------------------
