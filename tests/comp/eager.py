@@ -19,6 +19,10 @@ CLS = {"clip": {"vision": 1}, "blip_vqa": {"vision": 1, "text": 1}, "llava": {"v
 POOLED = ("clip",)  # nothing reads the tokens of a tower's last block but the pooled one
 READ = {"llava": {"vision": 3}}  # of four blocks
 HARD = {"vision": {"going": 0.09, "gone": 0.09, "soft": 0.0}, "text": {"going": 0.06, "gone": 0.06, "soft": 0.0}}
+KEEP = {
+    "vision": {"keep": [0.9, 0.7, 0.4, 0.4]},
+    "text": {"keep": [0.8, 0.6, 0.5, 0.3]},
+}
 GAP = 1e-6  # between an importance and a threshold, so that rounding cannot change a choice
 
 Limits = dict[str, dict]  # tower -> {"going", "gone", "soft"}, or {"keep": [share of each block]}
@@ -32,6 +36,16 @@ def inputs(name: str, n: int = 3, seed: int = 0, *, labels: bool = True) -> dict
         if "token_type_ids" in values:
             values["token_type_ids"] = torch.zeros_like(values["token_type_ids"])
     return values
+
+
+def schedules(name, limits):
+    """`Plan.tokens` of limits that are not soft."""
+    anatomy = describe(oracle.model(name))
+    found = {}
+    for tower, limit in limits.items():
+        keep = limit.get("keep")
+        found[tower] = {"threshold": limit["gone"]} if keep is None else {"keep": keep[: len(anatomy.tower(tower))]}
+    return found
 
 
 def run(name: str, model, values: dict[str, Tensor]) -> dict[str, Tensor]:
