@@ -265,7 +265,11 @@ class Plan:
         blocks = len(actual[tower])
         threshold, keep = schedule.get("threshold"), schedule.get("keep")
         fine = isinstance(threshold, float) and 0 <= threshold <= 1
-        fine = fine or (isinstance(keep, list) and len(keep) == blocks and all(0 <= share <= 1 for share in keep))
+        fine = fine or (
+            isinstance(keep, list)
+            and len(keep) == blocks
+            and all(isinstance(share, int | float) and 0 <= share <= 1 for share in keep)
+        )
         if len(schedule) != 1 or not fine:
             raise ValueError(
                 f"plan: tokens of {tower}: {schedule}, expected {{'threshold': from 0 to 1}} or {{'keep': shares of"

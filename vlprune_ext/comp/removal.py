@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..anatomy import Anatomy, Tower
+from ..anatomy import Anatomy, Tower, describe
 from ..patch import Patches
 from ..tokens.decoder import DecoderStream, spread_over
 from ..tokens.method import Asking, DropTokens, PruneTowers, View
@@ -32,15 +32,16 @@ class PlannedTokens(PruneTowers):
     def of(cls, model: nn.Module) -> PlannedTokens:
         """What the plans say that were applied to a model; the last word on each tower counts."""
         towers: dict[str, Mapping[str, Any]] = {}
-        votes: dict[tuple[str, int], Tensor] = {}
-        for record in (getattr(model, "vlprune", None) or {}).get("plans", []):
+        plans = (getattr(model, "vlprune", None) or {}).get("plans", [])
+        for record in plans:
             towers |= record["plan"].get("tokens", {})
-            for entry in record["zeroed"]:
-                if entry["kind"] == "head":
-                    units = record["plan"]["shape"][entry["tower"]][entry["layer"]]["head"]
-                    votes[entry["tower"], entry["layer"]] = torch.ones(units).index_fill_(
-                        0, torch.tensor(entry["units"]), 0
-                    )
+            for tower, gone in record["plan"]["layers"].items() if record["mode"] == "remove" else ():
+                if "keep" in towers.get(tower, {}):
+                    shares = enumerate(towers[tower]["keep"])
+                    towers[tower] = {"keep": [share for layer, share in shares if layer not in gone]}
+        votes: dict[tuple[str, int], Tensor] = {}
+        if any(entry["kind"] in ("head", "layer") for record in plans for entry in record["zeroed"]):
+            votes = _votes(describe(model), towers)
         return cls(towers, votes)
 
     def install(self, patches: Patches, anatomy: Anatomy, pruning: Pruning) -> None:
@@ -63,6 +64,16 @@ class PlannedTokens(PruneTowers):
             removal.pruning = None
             limit = thresholds.get(decoder, Threshold())
             DecoderStream(anatomy, ByImportance(limit, removal, self.votes), pruning).install(patches)
+
+
+def _votes(anatomy: Anatomy, towers: Iterable[str]) -> dict[tuple[str, int], Tensor]:
+    """(tower, layer) -> [H]: 0 for heads that have nothing to say, told from what reads them."""
+    votes = {}
+    for name in towers:
+        for layer, block in enumerate(anatomy.tower(name).blocks):
+            site = block.sites["head"]
+            votes[name, layer] = site.out.weight.detach().unflatten(1, (-1, site.width)).ne(0).any(0).any(1).float()
+    return votes
 
 
 def _threshold(schedule: Mapping[str, Any]) -> Threshold:

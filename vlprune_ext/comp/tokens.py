@@ -197,11 +197,12 @@ class TokenFlow:
     # --- a batch begins ----------------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.state = {}
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        ahead = bool(given.get("mm_encoder_outputs"))  # `generate` looks at the images before it calls the model
+        self.state = {name: tokens for name, tokens in self.state.items() if ahead and name == "vision"}
         visual = self.anatomy.family.visual
         if visual is None or visual.reader or visual.tower not in self.towers:
             return
-        given = self._signature.bind_partial(*args, **kwargs).arguments
         cache = given.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise ValueError("past_key_values: holds tokens already; expected a forward of the whole sequence")
