@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import pytest
 from matplotlib.colors import to_hex
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 import vlprune_ext as vp
 from vlprune_ext import stage_figures, stage_report
@@ -20,7 +22,7 @@ from vlprune_ext.comp.scalars import of_stage
 from vlprune_ext.methods import COLLABORATIVE
 from vlprune_ext.models import load_model
 from vlprune_ext.plan import Plan
-from vlprune_ext.record import Record
+from vlprune_ext.record import Record, load_record
 from vlprune_ext.report import render
 from vlprune_ext.summary import cut_summary
 
@@ -104,6 +106,7 @@ def test_page_tells_every_stage_and_why(record, charts):
     assert "3 stages: 1 of vision parameters, 1 of language parameters and 1 of vision tokens." in page
     assert "61.3% of the dense model's FLOPs are left" in page.replace("&#39;", "'")
     assert len(charts) == 3
+    assert "Ring: explored" in page
 
 
 def test_lede_names_tokens_and_the_flops_reached(record):
@@ -160,6 +163,7 @@ def test_one_mode_and_modes_in_turn(record, charts):
     method["reached"]["tokens"] = {"vision": [1.0]}
     page = render(record)
     assert rows(page)[0][3] == "the only mode"
+    assert "Ring" not in page
     assert len(charts) == 1
     method["history"] = [entry(0, "tokens", costs={"parameters": 0.5, "tokens": 0.25})]
     for name in COLLABORATIVE:
@@ -213,6 +217,7 @@ def test_costs_mark_the_chosen_and_widen_where_they_must(record):
     axes = stage_figures.costs(history).axes[0]
     assert [(x, y) for x, y, colour in marks(axes) if colour] == [(1, 0.25), (2, 18.5), (3, 0.5)]
     assert axes.get_yscale() == "symlog"
+    assert axes.get_ylabel() == "cost R, logarithmic beyond 1.5"
     near = [{**one, "costs": {**FIRST, "language parameters": 1.0}} for one in history]
     assert stage_figures.costs(near).axes[0].get_yscale() == "linear"
     zero = [{**one, "costs": dict.fromkeys(FIRST, 0.0)} for one in history]
@@ -295,6 +300,8 @@ def trained(folder, report_to, steps=6, *callbacks):
 
 def test_tensorboard_and_the_log_hold_every_stage(tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    times = itertools.count()  # the clock goes on between the Trainer's callback and CoMP
+    monkeypatch.setattr(integration_utils, "default_logdir", lambda: f"runs/{next(times)}")
     model, method, state = trained(tmp_path, ["tensorboard"])
     assert len(method.history) > 1
     (run,) = (tmp_path / "runs").iterdir()
@@ -314,7 +321,8 @@ def test_tensorboard_and_the_log_hold_every_stage(tmp_path, monkeypatch):
     for name in names:
         expected = [(line["step"], pytest.approx(line[name])) for line in logged if name in line]
         assert [(event.step, event.value) for event in seen.Scalars(name)] == expected
-    page = render(Record(Plan.from_dict(model.vlprune["plans"][-1]["plan"])))
+    vp.save_pruned(model, tmp_path / "saved")
+    page = render(load_record(tmp_path / "saved")[0])
     assert [row[2] for row in rows(page)] == [stage["mode"] for stage in method.history]
 
 

@@ -56,11 +56,14 @@ def costs(history: Sequence[Mapping[str, Any]]) -> Figure:
     axes.axhline(0, color=INK, linewidth=0.8, zorder=0)
     size = np.abs(np.concatenate(list(every.values())))
     size = size[np.isfinite(size) & (size > 0)]
+    label = "cost R"
     if len(size) and size.max() > _WIDE * np.median(size):
-        axes.set_yscale("symlog", linthresh=3 * float(np.median(size)))
+        bound = 3 * float(np.median(size))
+        axes.set_yscale("symlog", linthresh=bound)
         axes.margins(y=0.1)  # of the logarithm: the default is next to nothing
+        label += f", logarithmic beyond {number(bound)}"
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
-    axes.set_ylabel("cost R")
+    axes.set_ylabel(label)
     axes.grid(axis="y")
     _count_stages(axes, len(history))
     _legend(figure, looks, looks, _explored(history))

@@ -15,8 +15,9 @@ MEASURED = ("history", "reached")  # of a finished plan's method: not fields tha
 
 _COST = (
     "R: accuracy lost for each dense model's worth of FLOPs saved; below zero, accuracy rose. Large: the mode that was"
-    " chosen. Ring: explored, that is drawn at random, the likelier the longer it has waited, whatever its R."
+    " chosen."
 )
+_EXPLORED = " Ring: explored, that is drawn at random, the likelier the longer it has waited, whatever its R."
 _TOKENS = (
     "Mean over the validation data, of those that enter the block in the dense model. Tokens leave behind a block."
 )
@@ -29,15 +30,16 @@ def stages(method: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     accuracy = str(method.get("objective") or "accuracy").replace("_", " ")
     several = len({mode for entry in history for mode in entry["costs"]}) > 1
+    explored = any(entry["explored"] for entry in history)
     left = shares_of_tokens(method)
     fewer = any(share < 1 for shares in left.values() for share in shares)
     return {
         "text": _text(method, history, accuracy),
         "progress": svg(progress(history, accuracy)),
         "progress_caption": f"Below: {accuracy} on the validation data. Dashed: the dense model. Colour: the mode."
-        + " Ring: explored." * any(entry["explored"] for entry in history),
+        + " Ring: explored." * explored,
         "costs": svg(costs(history)) if several else "",
-        "costs_caption": _COST,
+        "costs_caption": _COST + _EXPLORED * explored,
         "tokens": svg(tokens_left(left)) if fewer else "",
         "tokens_caption": _TOKENS,
         "trained": bool(method.get("train")),
