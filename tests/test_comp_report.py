@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 from matplotlib.colors import to_hex
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -269,7 +268,7 @@ def test_scalars_of_a_stage():
     }
 
 
-def trained(folder, report_to, steps=6, *callbacks):
+def trained(folder, report_to, steps=9, *callbacks):
     """A model after a few steps, its method and the state of its Trainer."""
     loaded = load_model("clip-digits", device="cpu")
     model = loaded.model
@@ -277,7 +276,7 @@ def trained(folder, report_to, steps=6, *callbacks):
         vp.load_data("digits", split, model=model, processor=loaded.processor, limit=limit)
         for split, limit in (("validation", 16), ("train", 32))
     ]
-    method = vp.CoMP(validation=data[0], flops=0.6, interval=2, step=0.1)
+    method = vp.CoMP(validation=data[0], flops=0.7, interval=2, step=0.1)
 
     class Keep(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -299,13 +298,14 @@ def trained(folder, report_to, steps=6, *callbacks):
 
 
 def test_tensorboard_and_the_log_hold_every_stage(tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")  # not on every GPU machine
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     times = itertools.count()  # the clock goes on between the Trainer's callback and CoMP
     monkeypatch.setattr(integration_utils, "default_logdir", lambda: f"runs/{next(times)}")
     model, method, state = trained(tmp_path, ["tensorboard"])
     assert len(method.history) > 1
     (run,) = (tmp_path / "runs").iterdir()
-    seen = EventAccumulator(str(run / "comp"))
+    seen = events.EventAccumulator(str(run / "comp"))
     seen.Reload()
     logged = [line for line in state.log_history if "comp/flops" in line]
     assert len(logged) == len(method.history)
