@@ -99,14 +99,14 @@ def test_every_method(task, method):
 
 def test_sequential_and_simultaneous(task):
     model, data, _ = task("clip-digits")
-    first = vp.JointSequential(flops=0.6, train=False, step=0.1)
+    first = vp.JointSequential(flops=0.75, train=False, step=0.1)
     first.plan(model, data)
     modes = [entry["mode"] for entry in first.history]
     assert modes == sorted(modes)  # "parameters" before "tokens"
     assert len(set(modes)) == 2
-    second = vp.JointSimultaneous(flops=0.6, train=False, step=0.1)
+    second = vp.JointSimultaneous(flops=0.75, train=False, step=0.08)
     second.plan(model, data)
-    assert [entry["mode"] for entry in second.history[:4]] == ["parameters", "tokens"] * 2
+    assert [entry["mode"] for entry in second.history[:3]] == ["parameters", "tokens", "parameters"]
 
 
 def test_the_same_again(task):
@@ -114,13 +114,13 @@ def test_the_same_again(task):
     model, data, _ = task("blip-digits")
 
     def run(**fields):
-        method = vp.CoMP(flops=0.6, train=False, step=0.08, **fields)
+        method = vp.CoMP(flops=0.8, train=False, step=0.08, **fields)
         method.plan(model, data)
         return [(entry["mode"], entry["threshold"], entry["cost"]) for entry in method.history]
 
     first = run()
     assert first == run()
-    assert any(first != run(rho=1.0, seed=seed) for seed in (1, 2))
+    assert first != run(rho=1.0, seed=1)
 
 
 def test_greedy_takes_the_cheapest(task):
@@ -158,7 +158,7 @@ def test_training(task, name):
     """A stage's units fade over its steps, the target is reached, and the model is physically smaller."""
     model, validation, train = task(name)
     dense = vp.measure(model, validation)
-    method = vp.CoMP(validation=validation, **fields())
+    method = vp.CoMP(validation=validation, **fields(flops=0.7))
     soft = []
 
     class Look(TrainerCallback):
@@ -168,16 +168,16 @@ def test_training(task, name):
                 soft.extend(float(mask.max()) for mask in (m[m < 1] for m in run.masks.units.values()) if len(mask))
                 soft.extend(limit.soft for limit in run.masks.flow.thresholds.values())
 
-    vp.train(model, method, train, steps=14, batch_size=8, learning_rate=1e-5, callbacks=[Look()])
+    vp.train(model, method, train, steps=11, batch_size=8, learning_rate=1e-5, callbacks=[Look()])
     record = model.vlprune["plans"][-1]["plan"]
-    assert record["method"]["reached"]["flops"] <= 0.6 + 0.03  # tokens may come back while it learns
+    assert record["method"]["reached"]["flops"] <= 0.7 + 0.03  # tokens may come back while it learns
     assert method._stages is None
     assert any(0 < value < 1 for value in soft)
     assert vp.measure(model, validation)["params"] <= dense["params"]
     assert math.isfinite(sum(vp.evaluate(model, validation, method.objective).values()))
 
 
-@pytest.mark.parametrize(("name", "cut"), [("clip-digits", 3), ("blip-digits", 8)])  # BLIP ties weights
+@pytest.mark.parametrize(("name", "cut"), [("clip-digits", 3), ("blip-digits", 7)])  # BLIP ties weights
 def test_resumes(task, tmp_path, name, cut):
     """A run that is killed at some step goes on to the same modes, thresholds, weights and numbers."""
 
@@ -191,8 +191,8 @@ def test_resumes(task, tmp_path, name, cut):
 
     def run(folder, *callbacks):
         model, validation, train = task(name)
-        method = vp.CoMP(validation=validation, **fields())
-        vp.train(model, method, train, steps=12, batch_size=8, out=folder, save_steps=1, callbacks=callbacks, seed=3)
+        method = vp.CoMP(validation=validation, **fields(flops=0.7))
+        vp.train(model, method, train, steps=9, batch_size=8, out=folder, save_steps=2, callbacks=callbacks, seed=3)
         return model, method
 
     whole, method = run(tmp_path / "whole")
