@@ -11,7 +11,7 @@ from models import tiny
 from vlprune_ext import zoo
 from vlprune_ext.anatomy import describe
 from vlprune_ext.data import load_data
-from vlprune_ext.interventions import DropHead, DropLayer, DropNeurons
+from vlprune_ext.interventions import DropHead, DropLayer, DropNeurons, Within
 from vlprune_ext.objectives import Contrastive, LMLoss
 from vlprune_ext.patch import Patches
 from vlprune_ext.plan import Plan
@@ -191,6 +191,75 @@ def test_on_a_masked_model(name, device):
         depth = len(anatomy.tower(tower)) - (name == "llava" and tower == "vision")
         runs = sum(sum(j != 2 for j in range(i.layer + (i.kind == "layer"), depth)) for i in interventions)
         assert replay.block_runs == ROWS * (depth - 1 + runs)
+
+
+@contextmanager
+def scaled(block, by):
+    """What a block adds to its stream counts ``by`` times."""
+    with Patches() as patches:
+        patches.hook(block, lambda _, args, kwargs, out: scaled_output(args, kwargs, out, by), with_kwargs=True)
+        yield
+
+
+def scaled_output(args, kwargs, out, by):
+    stream = args[0] if args else kwargs["hidden_states"]
+    return stream + by * (out - stream)
+
+
+@pytest.mark.parametrize("finish", [True, False])
+@pytest.mark.parametrize("name", ["clip", "blip_vqa", "llava"])
+def test_within_a_context(name, finish, device):
+    """From a block on the model runs within a context: beside other interventions, one run of the rest for each."""
+    anatomy, objective, data, batch_size = setup(name, device)
+    for tower in objective.towers(anatomy):
+        blocks = anatomy.tower(tower).blocks
+        batches = objective.batches(anatomy, tower, data, batch_size)
+
+        def context(layer, by, blocks=blocks):
+            return lambda: scaled(blocks[layer].module, by)
+
+        # A hook on a later block than the one that the context begins at, too.
+        places = [(1, 1, 0.5), (1, 2, 0.0), (0, 1, 0.5), (2, 2, -1.0), (1, 1, 1.0)]
+        interventions = [Within(tower, start, context(layer, by)) for start, layer, by in places]
+        interventions.append(DropHead(tower, 1, (0,)))
+        plain = torch.cat([objective.outputs(anatomy, tower, batch).detach() for batch in batches])
+        replay = engine(anatomy, objective, tower, batches)
+        before = hooks_and_forwards(anatomy.model)
+        found = {}
+        for positions, out in replay.walk(interventions, finish=finish):
+            found |= {None: out} if positions is None else dict(zip(positions, out, strict=True))
+        assert (None in found) == finish
+        outputs = [found[i] for i in range(len(interventions))]
+        assert hooks_and_forwards(anatomy.model) == before
+        for (_, layer, by), out in zip(places, outputs, strict=False):
+            with scaled(blocks[layer].module, by), torch.no_grad():
+                expected = torch.cat([objective.outputs(anatomy, tower, batch) for batch in batches])
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+            assert ((expected - plain).abs().max() > 1e-3) == (by != 1)
+        torch.testing.assert_close(outputs[-1], naive(anatomy, objective, tower, interventions[-1], batches))
+        depth = len(blocks) - (name == "llava" and tower == "vision")
+        walked = depth if finish else 3
+        assert replay.block_runs == ROWS * (walked + sum(depth - start for start, _, _ in places) + depth - 1)
+
+
+def test_a_context_that_fails():
+    """It is left, and so is everything else."""
+    anatomy, objective, data, batch_size = setup("clip", "cpu")
+    batches = objective.batches(anatomy, "text", data, batch_size)
+    before = hooks_and_forwards(anatomy.model)
+
+    def boom(*_):
+        raise RuntimeError("boom")
+
+    @contextmanager
+    def broken():
+        with Patches() as patches:
+            patches.hook(anatomy.tower("text").blocks[2].module, boom)
+            yield
+
+    with pytest.raises(RuntimeError, match="boom"):
+        collect(engine(anatomy, objective, "text", batches), [Within("text", 1, broken)])
+    assert hooks_and_forwards(anatomy.model) == before
 
 
 def test_clip_digits(device):

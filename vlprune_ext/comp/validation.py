@@ -160,12 +160,16 @@ class Validation:
     @torch.no_grad()
     def _around_blocks(self, one: dict[str, list[dict[str, Tensor]]]) -> float:
         """FLOPs around the blocks: torch's count of one sample without those of its blocks."""
-        seen = _Seen()
+        load = Load()  # with padding, which torch counts
 
         def run() -> None:
             for tower, batches in one.items():
-                self._run(tower, batches[0], seen)
+                self.objective.outputs(self.anatomy, tower, batches[0])
+                for name in self._running(tower):
+                    tokens = self.masks.flow.state[name]
+                    length = torch.full_like(tokens.entered[0], tokens.length)
+                    load.entered[name], load.left[name] = [length] * len(tokens.entered), length
 
         with evaluation_mode(self.anatomy.model):
             counted = count_flops(run)
-        return counted - blocks_flops(self.anatomy, self.memories, seen.load(), {})
+        return counted - blocks_flops(self.anatomy, self.memories, load, {})
