@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import vlprune_ext as vp
 from vlprune_ext import bench, cli, demo
 from vlprune_ext.anatomy import FAMILIES
-from vlprune_ext.methods import LAYERWISE, METHODS, STRUCTURED, TOKENS, ECoFLaP
+from vlprune_ext.methods import COLLABORATIVE, LAYERWISE, METHODS, STRUCTURED, TOKENS, ECoFLaP
 from vlprune_ext.models import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -541,7 +541,7 @@ def _readme() -> str:
 
 
 def test_readme_example_runs_as_shown(tmp_path, monkeypatch, capsys):
-    example, fewer_tokens = re.findall(r"```python\n(.*?)```", _readme(), flags=re.S)
+    example, fewer_tokens, together = re.findall(r"```python\n(.*?)```", _readme(), flags=re.S)
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
@@ -549,6 +549,10 @@ def test_readme_example_runs_as_shown(tmp_path, monkeypatch, capsys):
     row = vp.load_data("digits-questions", "test", model=llava, limit=1).batch(torch.tensor([0]))
     inputs = {name: row[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     exec(compile(fewer_tokens, "README.md", "exec"), {"vp": vp, "model": llava, "inputs": inputs})
+    given = {"vp": vp, "model": llava, "inputs": inputs}
+    given |= {split: vp.load_data("digits-questions", split, model=llava, limit=8) for split in ("train", "validation")}
+    with pytest.warns(UserWarning, match="training ended"):
+        exec(compile(together.replace("steps=1000", "steps=1"), "README.md", "exec"), given)
     assert re.search(r"recall@1 [\d.]+ -> [\d.]+", capsys.readouterr().out)
     assert (tmp_path / "pruned" / "pruning.json").is_file()
 
@@ -575,7 +579,7 @@ def test_readme_commands_parse():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/mope.md", "docs/ecoflap.md", "docs/tokens.md", "docs/adding_an_op.md"]
+    "page", ["README.md", *(f"docs/{page}.md" for page in ("mope", "ecoflap", "tokens", "comp", "adding_an_op"))]
 )
 def test_links_of_the_docs_lead_somewhere(page):
     path = ROOT / page
@@ -587,7 +591,12 @@ def test_links_of_the_docs_lead_somewhere(page):
 
 @pytest.mark.parametrize(
     ("page", "methods"),
-    [("mope.md", STRUCTURED.values()), ("ecoflap.md", LAYERWISE.values()), ("tokens.md", TOKENS.values())],
+    [
+        ("mope.md", STRUCTURED.values()),
+        ("ecoflap.md", LAYERWISE.values()),
+        ("tokens.md", TOKENS.values()),
+        ("comp.md", COLLABORATIVE.values()),
+    ],
 )
 def test_pages_name_every_field(page, methods):
     import dataclasses
