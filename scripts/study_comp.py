@@ -33,7 +33,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "CoMP, no history": {"history_weight": 0.0},
 }
 NAMES = {method.__name__: method for method in COLLABORATIVE.values()}
-STEPS, INTERVAL, BATCH, RATE = 150, 8, 32, 3e-4
+STEPS, INTERVAL, BATCH, RATE = 200, 10, 32, 3e-4
 SCENES = {"train": 4000, "calibration": 64, "validation": 256, "test": 1000}
 
 

@@ -15,6 +15,7 @@ from .terminal import UsageError, usage, working
 
 if TYPE_CHECKING:
     from .data import Data
+    from .methods.comp import CoMP
     from .methods.ecoflap import ECoFLaP
     from .methods.structured import Structured
     from .models import Loaded
@@ -237,7 +238,7 @@ def token_methods(
 
 def chosen_methods(
     context: typer.Context, names: Sequence[str], settings: Sequence[str]
-) -> dict[str, Structured | ECoFLaP]:
+) -> dict[str, Structured | ECoFLaP | CoMP]:
     """The methods of these names, by what tells them apart; each takes the options and settings that are its fields.
 
     Where several sparsities are given, one method for each.

@@ -177,8 +177,9 @@ def prune(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="mope, magnitude, random or taylor; ecoflap, wanda, sparsegpt or globalmagnitude. Several: the first "
-            "is kept, the others compared.",
+            help="mope, magnitude, random or taylor; ecoflap, wanda, sparsegpt or globalmagnitude; comp, "
+            "parametersonly, tokensonly, jointsequential or jointsimultaneous. Several: the first is kept, the others "
+            "compared.",
             show_default="mope",
         ),
     ] = None,
@@ -220,6 +221,8 @@ def prune(
     ] = None,
     criterion: Annotated[str | None, method_field("ecoflap: wanda, magnitude, ria or sparsegpt.", "wanda")] = None,
     pattern: Annotated[str | None, method_field("ecoflap: unstructured, or n:m zeros.", "unstructured")] = None,
+    flops: Annotated[float | None, method_field("comp: share of the FLOPs kept.", "0.3")] = None,
+    interval: Annotated[int | None, method_field("comp: training steps of a stage.", "50")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -231,6 +234,17 @@ def prune(
     ] = None,
     mode: Annotated[str, typer.Option(help="remove (physically gone) or mask (weights zeroed).")] = "remove",
     round_to: Annotated[int, typer.Option(min=1, help="MLP widths stay multiples of this.")] = 8,
+    train_steps: Annotated[
+        int, typer.Option(min=1, help="comp: training steps, on the split 'train'; 'validation' decides.")
+    ] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="comp: of the training.")] = 1e-4,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="comp: folder of checkpoints; a run that was cut goes on from the last.",
+            show_default=False,
+        ),
+    ] = None,
     distill_steps: Annotated[
         int, typer.Option(min=0, help="Then train against the dense model for so many steps, on the split 'train'.")
     ] = 0,
@@ -255,18 +269,22 @@ def prune(
     import vlprune_ext as vp
 
     from .data.digits import DIGITS, DIGITS_QUESTIONS
-    from .pipeline import recover
+    from .methods import CoMP
+    from .pipeline import prune_in_training, recover
     from .record import applied_plan, save_record
     from .report import write_report
     from .summary import cut_summary, method_name
     from .surgery import MODES
 
     one_of("--mode", mode, MODES)
-    ways: dict[str, Structured | ECoFLaP | Plan] = {str(path): vp.Plan.load(path) for path in plans or []}
+    ways: dict[str, Structured | ECoFLaP | CoMP | Plan] = {str(path): vp.Plan.load(path) for path in plans or []}
     names = methods or ([] if ways else ["mope"])
     ways |= chosen_methods(context, names, settings or [])
     loaded = read_model(model, device, dtype)
     calibration = read_data(loaded, data, split, limit, seed, objective)
+    trained = [name for name, way in ways.items() if isinstance(way, CoMP) and way.train]
+    if resume is not None and len(trained) != 1:
+        raise UsageError(f"--resume: {resume}, expected one method that trains; there are {len(trained)}")
     if test_data is None and data in (DIGITS, DIGITS_QUESTIONS):
         test_data = data
     test = None if test_data is None else read_data(loaded, test_data, test_split, test_limit, seed)
@@ -277,6 +295,27 @@ def prune(
     def pruned(subject: Any, name: str) -> Result:
         nonlocal before
         way = ways[name]
+        if isinstance(way, CoMP) and way.train:
+            way.validation = way.validation or read_data(loaded, data, "validation", limit, seed, objective)
+            way.calibration = calibration
+            train = read_data(loaded, data, "train", None, seed)
+            with working(f"training with {name}") as progress:
+                done = prune_in_training(
+                    subject,
+                    train,
+                    way,
+                    steps=train_steps,
+                    batch_size=batch_size,
+                    learning_rate=learning_rate,
+                    evaluation=test,
+                    metric=metric,
+                    before=before,
+                    out=resume,
+                    seed=seed,
+                    progress=progress,
+                )
+            before = done.before
+            return done
         with working(f"pruning by {name}") as progress:
             done = vp.prune(
                 subject,

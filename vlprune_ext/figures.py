@@ -30,11 +30,11 @@ UNITS = {"head": "heads", "cross_head": "cross-attention heads", "neurons": "neu
 KINDS = {**UNITS, "neurons": "neuron groups", "layer": "layers", MATRIX: "matrices"}  # what is scored
 NOTHING = "\N{EN DASH}"  # stands where there is no number
 
-_INK, _KEPT = "#1d2329", "#2a6fb0"
+INK, _KEPT = "#1d2329", "#2a6fb0"
 _GONE: dict[str, Any] = {"facecolor": "#dfe3e8", "edgecolor": "#77828e", "linewidth": 0, "hatch": "////"}
 _BAR: dict[str, Any] = {"location": "bottom", "shrink": 0.5, "aspect": 50, "pad": 0.02}  # of colours
-_MARKERS = "osD^vP*X<>"
-_COLOURS = (_KEPT, "#d55e00", "#009e73", "#b0569b", "#c98a00", "#3fa7dd", "#6b4c9a", "#7a5230", "#5d6875", _INK)
+MARKERS = "osD^vP*X<>"
+COLOURS = (_KEPT, "#d55e00", "#009e73", "#b0569b", "#c98a00", "#3fa7dd", "#6b4c9a", "#7a5230", "#5d6875", INK)
 _STYLE = {
     "font.size": 8,
     "figure.titlesize": 9,
@@ -159,7 +159,7 @@ def _write(image: AxesImage, texts: Mapping[tuple[int, int], str]) -> None:
     """Write into cells (row, column), in ink that stands out."""
     light = image.to_rgba(np.asarray(image.get_array()))[..., :3] @ (0.3, 0.59, 0.11) > 0.5
     for cell, text in texts.items():
-        style: dict[str, Any] = {"fontsize": 7, "linespacing": 1, "color": _INK if light[cell] else "white"}
+        style: dict[str, Any] = {"fontsize": 7, "linespacing": 1, "color": INK if light[cell] else "white"}
         image.axes.text(*cell[::-1], text, ha="center", va="center", **style)
 
 
@@ -215,7 +215,7 @@ def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") ->
                 texts[cell] = short(value[cell]) + (f"\n±{short(error[cell])}" if 0 < error[cell] < math.inf else "")
             _write(image, texts)
         else:
-            axes.plot(*np.nonzero(np.abs(value) <= 1.96 * error)[::-1], ".", color=_INK, markersize=1.5)
+            axes.plot(*np.nonzero(np.abs(value) <= 1.96 * error)[::-1], ".", color=INK, markersize=1.5)
         axes.set(title=tower + (f", in units of {unit:g}" if written and kind != MATRIX else ""), ylabel="layer")
         axes.locator_params(integer=True)
         pairs = sorted({(scores.modules[i].index, place(scores.parameters[i])[2]) for i in where if kind == MATRIX})
@@ -250,11 +250,11 @@ def ranking(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> 
     kept = value * (1 - share)
     axes.stairs(kept, edges, fill=True, color=_KEPT)
     axes.stairs(value, edges, baseline=kept, fill=True, **_GONE)
-    axes.stairs(value + error, edges, baseline=value - error, fill=True, color=_INK, alpha=0.35)
-    axes.axhline(0, color=_INK, linewidth=0.8)
+    axes.stairs(value + error, edges, baseline=value - error, fill=True, color=INK, alpha=0.35)
+    axes.axhline(0, color=INK, linewidth=0.8)
     cut = int((share > 0).sum())
     if 0 < cut < len(order) and share[:cut].all():
-        axes.axvline(cut - 0.5, color=_INK, linewidth=1, linestyle="--")
+        axes.axvline(cut - 0.5, color=INK, linewidth=1, linestyle="--")
         axes.annotate(" cut", (cut - 0.5, 1), xycoords=("data", "axes fraction"), va="top")
     axes.set_yscale("function", functions=(_root, _square))
     if (value - error).min() >= 0:
@@ -365,11 +365,11 @@ def trade_off(
 
     series     name -> points (share, quality), and what the line is called where there is one point only
     """
-    drawn = [axes.axhline(dense[1], color=_INK, linewidth=1, linestyle="--", label=dense[0])]
+    drawn = [axes.axhline(dense[1], color=INK, linewidth=1, linestyle="--", label=dense[0])]
     for n, (common, (points, alone)) in enumerate(series.items()):
-        again, n = divmod(n, len(_MARKERS))
+        again, n = divmod(n, len(MARKERS))
         x, y = zip(*sorted(points), strict=True)
-        look: dict[str, Any] = {"color": _COLOURS[n], "marker": _MARKERS[n], "fillstyle": "none" if again else "full"}
+        look: dict[str, Any] = {"color": COLOURS[n], "marker": MARKERS[n], "fillstyle": "none" if again else "full"}
         look |= {"linestyle": "-", "label": common} if len(x) > 1 else {"linestyle": "", "label": alone}
         drawn += axes.plot(x, y, zorder=3 - n / 100, **look)  # the first above the others
     axes.xaxis.set_major_formatter(per_cent)

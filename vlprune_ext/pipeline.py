@@ -1,4 +1,4 @@
-"""`prune`, `recover`, `evaluate`, `measure` and `plan_cost`: the methods put to work on a model."""
+"""`prune`, `prune_in_training`, `recover`, `evaluate`, `measure`, `plan_cost`: the methods put to work on a model."""
 
 from __future__ import annotations
 
@@ -185,6 +185,57 @@ def prune(
         before=before,
         after=_numbers(model, data, evaluation, metric),
         method=plan.method,
+        data={"name": data.name, "split": data.split, "hash": data.hash, "samples": data.n_images},
+    )
+
+
+def prune_in_training(
+    model: nn.Module,
+    train: Data,
+    method: CoMP,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 1e-4,
+    evaluation: Data | None = None,
+    metric: str | Objective | None = None,
+    before: dict[str, float] | None = None,
+    out: str | os.PathLike | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Train while ``method`` prunes, and measure: the model is pruned in place.
+
+    train                       what it is trained on; ``method.validation`` is what decides
+    evaluation, metric, before  as `prune` takes them
+    out                         a folder for checkpoints, from which a run that was cut goes on
+    """
+    from .comp.training import train as run  # transformers' Trainer is slow to import
+
+    if method.validation is None:
+        raise ValueError("validation: None, expected data to measure accuracy on: CoMP(validation=load_data(...))")
+    before = _numbers(model, method.validation, evaluation, metric) if before is None else before
+    run(
+        model,
+        method,
+        train,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        out=out,
+        seed=seed,
+        progress=progress,
+    )
+    record: Any = model.vlprune
+    plan = Plan.from_dict(record["plans"][-1]["plan"])
+    data = method.validation
+    return Result(
+        model=model,
+        plan=plan,
+        scores=None,
+        before=before,
+        after=_numbers(model, method.validation, evaluation, metric),
+        method={**plan.method, "train_steps": steps, "train_batch": batch_size, "learning_rate": learning_rate},
         data={"name": data.name, "split": data.split, "hash": data.hash, "samples": data.n_images},
     )
 

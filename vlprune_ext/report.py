@@ -15,6 +15,7 @@ from .figures import KINDS, cut, heat_map, number, quality_against_sparsity, ran
 from .machine import environment
 from .plan import Plan, Scores, write_text
 from .record import applied_plan
+from .stage_report import MEASURED, stages
 from .summary import (
     NAMES,
     SIZES,
@@ -28,6 +29,7 @@ from .summary import (
     method_name,
     method_of,
     metric,
+    tokens_gone,
     units_removed,
     zeroed,
 )
@@ -60,6 +62,7 @@ def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: 
         cut=svg(cut(plan)) if units_removed(plan) else "",
         layers_removed=_layers_removed(plan),
         sparsity=svg(sparsity(plan)) if zeroed(plan) else "",
+        stages=stages(plan.method),
         importance=_importance(scores, plan, method_of(result)) if scores is not None else [],
         extremes=extremes(scores, plan) if scores is not None else [],
         errors=scores is not None and _has_errors(scores),
@@ -77,15 +80,18 @@ def fill(template: str, **content: Any) -> str:
 
 
 def _lede(result: Any, plan: Plan) -> str:
-    removed, zeros = listed(units_removed(plan)), listed(zeroed(plan))
+    removed, zeros, gone = (listed(parts(plan)) for parts in (units_removed, zeroed, tokens_gone))
     done = [f"removed {removed}"] * bool(removed) + [f"zeroed {zeros}"] * bool(zeros)
+    done += [f"lets {gone} leave"] * bool(gone)
     text = f"{method_name(result)} {listed(done) or 'removed nothing'}."
     before, after = result.before or {}, result.after or {}
-    facts = []
+    reached = plan.method.get("reached")
+    facts = [f"{reached['flops']:.0%} of the dense model's FLOPs are left"] if reached else []
     if zeros and after.get("params") and "nonzero" in after:
         facts.append(f"{1 - after['nonzero'] / after['params']:.0%} of all parameters are zero")
+    shown = {"params": removed or not (zeros or gone), "flops": not reached and (removed or gone or not zeros)}
     for key in ("params", "flops"):
-        if before.get(key) and after.get(key) and (removed or not zeros):
+        if before.get(key) and after.get(key) and shown[key]:
             share = 1 - after[key] / before[key]
             facts.append(f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} {NAMES[key]}")
     quality = next((key for key in columns(before) if key not in SIZES and key in after), None)
@@ -224,7 +230,7 @@ def _facts(result: Any) -> list[tuple[str, list[tuple[str, str]]]]:
         if result.scores.block_runs:
             runs.append(("block runs", f"{result.scores.block_runs:,}"))
     return [
-        ("Method", [(key, plain(value)) for key, value in method.items()]),
+        ("Method", [(key, plain(value)) for key, value in method.items() if key not in MEASURED]),
         ("Data", [(key, plain(value)) for key, value in data.items()] + runs),
         ("Versions", versions()),
     ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -96,14 +99,14 @@ def test_every_method(task, method):
 
 def test_sequential_and_simultaneous(task):
     model, data, _ = task("clip-digits")
-    first = vp.JointSequential(flops=0.6, train=False, step=0.1)
+    first = vp.JointSequential(flops=0.75, train=False, step=0.1)
     first.plan(model, data)
     modes = [entry["mode"] for entry in first.history]
     assert modes == sorted(modes)  # "parameters" before "tokens"
     assert len(set(modes)) == 2
-    second = vp.JointSimultaneous(flops=0.6, train=False, step=0.1)
+    second = vp.JointSimultaneous(flops=0.75, train=False, step=0.08)
     second.plan(model, data)
-    assert [entry["mode"] for entry in second.history[:4]] == ["parameters", "tokens"] * 2
+    assert [entry["mode"] for entry in second.history[:3]] == ["parameters", "tokens", "parameters"]
 
 
 def test_the_same_again(task):
@@ -111,13 +114,13 @@ def test_the_same_again(task):
     model, data, _ = task("blip-digits")
 
     def run(**fields):
-        method = vp.CoMP(flops=0.6, train=False, step=0.08, **fields)
+        method = vp.CoMP(flops=0.8, train=False, step=0.08, **fields)
         method.plan(model, data)
         return [(entry["mode"], entry["threshold"], entry["cost"]) for entry in method.history]
 
     first = run()
     assert first == run()
-    assert any(first != run(rho=1.0, seed=seed) for seed in (1, 2))
+    assert first != run(rho=1.0, seed=1)
 
 
 def test_greedy_takes_the_cheapest(task):
@@ -155,27 +158,27 @@ def test_training(task, name):
     """A stage's units fade over its steps, the target is reached, and the model is physically smaller."""
     model, validation, train = task(name)
     dense = vp.measure(model, validation)
-    method = vp.CoMP(validation=validation, **fields())
+    method = vp.CoMP(validation=validation, **fields(flops=0.7))
     soft = []
 
     class Look(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            run = method._run
+            run = method._stages
             if run.mode is not None:
                 soft.extend(float(mask.max()) for mask in (m[m < 1] for m in run.masks.units.values()) if len(mask))
                 soft.extend(limit.soft for limit in run.masks.flow.thresholds.values())
 
-    vp.train(model, method, train, steps=14, batch_size=8, learning_rate=1e-5, callbacks=[Look()])
+    vp.train(model, method, train, steps=11, batch_size=8, learning_rate=1e-5, callbacks=[Look()])
     record = model.vlprune["plans"][-1]["plan"]
-    assert record["method"]["reached"]["flops"] <= 0.6 + 0.03  # tokens may come back while it learns
-    assert method._run is None
+    assert record["method"]["reached"]["flops"] <= 0.7 + 0.03  # tokens may come back while it learns
+    assert method._stages is None
     assert any(0 < value < 1 for value in soft)
     assert vp.measure(model, validation)["params"] <= dense["params"]
     assert math.isfinite(sum(vp.evaluate(model, validation, method.objective).values()))
 
 
-@pytest.mark.parametrize("cut", [3, 8])
-def test_resumes(task, tmp_path, cut):
+@pytest.mark.parametrize(("name", "cut"), [("clip-digits", 3), ("blip-digits", 7)])  # BLIP ties weights
+def test_resumes(task, tmp_path, name, cut):
     """A run that is killed at some step goes on to the same modes, thresholds, weights and numbers."""
 
     class Killed(BaseException):
@@ -187,9 +190,9 @@ def test_resumes(task, tmp_path, cut):
                 raise Killed
 
     def run(folder, *callbacks):
-        model, validation, train = task("clip-digits")
-        method = vp.CoMP(validation=validation, **fields())
-        vp.train(model, method, train, steps=12, batch_size=8, out=folder, save_steps=1, callbacks=callbacks, seed=3)
+        model, validation, train = task(name)
+        method = vp.CoMP(validation=validation, **fields(flops=0.7))
+        vp.train(model, method, train, steps=9, batch_size=8, out=folder, save_steps=2, callbacks=callbacks, seed=3)
         return model, method
 
     whole, method = run(tmp_path / "whole")
@@ -199,15 +202,14 @@ def test_resumes(task, tmp_path, cut):
     again, resumed = run(tmp_path / "cut")
     assert resumed.history == method.history
     assert again.vlprune["plans"][-1]["plan"] == whole.vlprune["plans"][-1]["plan"]
-    for (name, p), (_, q) in zip(again.named_parameters(), whole.named_parameters(), strict=True):
-        assert torch.equal(p, q), name
+    for (path, p), (_, q) in zip(again.named_parameters(), whole.named_parameters(), strict=True):
+        assert torch.equal(p, q), path
 
 
 def test_another_method_does_not_resume(task, tmp_path):
     model, validation, train = task("clip-digits")
-    vp.train(
-        model, vp.CoMP(validation=validation, **fields()), train, steps=3, batch_size=8, out=tmp_path, save_steps=2
-    )
+    with pytest.warns(UserWarning, match=r"CoMP: training ended with 0\.\d+ of the FLOPs left, the target was 0\.6"):
+        vp.train(model, vp.CoMP(validation=validation, **fields()), train, steps=3, batch_size=8, out=tmp_path)
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
     model, validation, train = task("clip-digits")
     with pytest.raises(ValueError, match=r"step: 0\.2, but the run to go on with has 0\.1"):
@@ -218,7 +220,7 @@ def test_another_method_does_not_resume(task, tmp_path):
 def test_an_ordinary_trainer(task, tmp_path):
     """Transformers' Trainer, its own loss, and CoMP as one callback among others."""
     model, validation, train = task("clip-digits")
-    method = vp.CoMP(validation=validation, **fields())
+    method = vp.CoMP(validation=validation, **fields(flops=0.85))
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -239,6 +241,44 @@ def test_an_ordinary_trainer(task, tmp_path):
     trainer.train()
     assert method.history
     assert model.vlprune["plans"][-1]["plan"]["method"]["name"] == "comp"
+
+
+ON_TWO = """
+import os
+import torch
+import torch.distributed as dist
+import vlprune_ext as vp
+from vlprune_ext.models import load_model
+
+torch.set_num_threads(1)
+loaded = load_model("clip-digits", device="cpu")
+given = {"model": loaded.model, "processor": loaded.processor}
+validation, train = (vp.load_data("digits", split, limit=48, **given) for split in ("validation", "train"))
+validation = validation.subset(24 + 8 * int(os.environ["RANK"]))
+method = vp.CoMP(flops=0.7, interval=2, step=0.1, validation=validation)
+vp.train(loaded.model, method, train, steps=6, batch_size=8, learning_rate=1e-4)
+found = [(stage["mode"], stage["threshold"]) for stage in method.history]
+total = [p.double().sum().item() for p in loaded.model.parameters()]
+every = [None, None]
+dist.all_gather_object(every, (found, total))
+assert every[0] == every[1], every
+assert len(found) > 1
+print("agreed")
+"""
+
+
+def test_on_two_processes(tmp_path):
+    """Under torchrun, gradients are averaged, the first process decides, and both end with the same model.
+
+    Their validation data differ, so that each by itself would decide otherwise.
+    """
+    script = tmp_path / "train.py"
+    script.write_text(ON_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.stdout.count("agreed") == 2, done.stderr[-3000:]
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------

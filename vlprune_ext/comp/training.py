@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,23 @@ class WithLoss(nn.Module):
         target = torch.arange(len(logits), device=logits.device)
         return {"loss": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2}
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Of weights that are tied, one: what safetensors can hold."""
+        found: dict[tuple, str] = {}
+        whole = super().state_dict(*args, **kwargs)
+        for name, value in whole.items():
+            found.setdefault((value.data_ptr(), value.shape, value.stride()) if value.numel() else (name,), name)
+        return {name: whole[name] for name in found.values()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """What `state_dict` gave. Raises RuntimeError for other names."""
+        expected = self.state_dict().keys()
+        if state_dict.keys() != expected:
+            names = ", ".join(sorted(state_dict.keys() ^ expected)[:3])
+            raise RuntimeError(f"checkpoint: does not fit {type(self.pruned).__name__}: {names}")
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        return type(found)([], [])
+
 
 class _Report(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
@@ -75,7 +93,7 @@ class _Report(TrainerCallback):
         self.progress(state.global_step, state.max_steps, "training")
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
     """The latest checkpoint in a folder that was written to its end."""
     found = []
     for path in Path(folder).glob("checkpoint-*"):
@@ -98,7 +116,7 @@ def train(
     batch_size: int = 64,
     learning_rate: float = 1e-4,
     weight_decay: float = 0.01,
-    out: str | Path | None = None,
+    out: str | os.PathLike | None = None,
     save_steps: int = 100,
     seed: int = 0,
     report_to: Sequence[str] = (),

@@ -1,0 +1,163 @@
+"""CoMP on the zoo's models: what it adds to a training step, and what a model pruned by it gains in time and memory.
+
+Run: ``make bench``, or ``pytest benchmarks -o python_files='bench_*.py'`` to only look.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import multiprocessing
+import resource
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlprune_ext as vp
+from vlprune_ext.comp.training import WithLoss
+from vlprune_ext.models import load_model
+
+SOURCES = {"clip-digits": "digits", "blip-digits": "digits-questions", "llava-digits": "digits-questions"}
+METRICS = {"clip-digits": "recall@1", "blip-digits": "exact_match", "llava-digits": "exact_match"}
+BATCH, VALIDATION, SCORED = 64, 256, 64
+FLOPS = 0.3
+
+
+@functools.cache
+def load(name: str, device: str) -> tuple[torch.nn.Module, dict[str, vp.Data]]:
+    loaded = load_model(name, device=device)
+    limits = {"train": BATCH, "validation": VALIDATION, "calibration": SCORED}
+    given = {"model": loaded.model, "processor": loaded.processor}
+    data = {split: vp.load_data(SOURCES[name], split, limit=limit, **given) for split, limit in limits.items()}
+    return loaded.model, data
+
+
+def trainer(model: torch.nn.Module, data: vp.Data):
+    """One training step: loss, gradients, AdamW."""
+    loss = WithLoss(model, data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in data.batch(torch.arange(BATCH)).items()}
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(**batch)["loss"].backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_training_step(name, device, compare, stopwatch):
+    """Every mask of the model at work, beside the plain step; and the share of a stage that falls on each step."""
+    dense, data = load(name, device.type)
+    model, plain = (copy.deepcopy(dense).train() for _ in range(2))
+    method = vp.CoMP(flops=FLOPS, objective=METRICS[name], calibration=data["calibration"])
+    run = method._begin(model, data["validation"])
+    try:
+        assert run.open_stage()
+        run.close_stage(0)
+
+        def stage() -> None:
+            run.open_stage()
+            run.close_stage(0)
+
+        seconds = statistics.median(stopwatch(stage) for _ in range(3))
+        found = run._examine()
+        for mode in run.modes.values():
+            mode.raise_threshold(found, run._budget(), run._goal())
+            mode.soften(0.5)
+        row = compare(
+            "CoMP training step",
+            f"{name}, batch {BATCH}, all of its masks half faded",
+            trainer(model, data["train"]),
+            trainer(plain, data["train"]),
+            baseline_name="plain step",
+            dtype=torch.float32,
+        )
+    finally:
+        method.detach()
+    masks = row["ms"] / row["baseline ms"] - 1
+    decides = 1e3 * seconds / method.interval / row["baseline ms"]
+    row["added"] = masks + decides
+    row["notes"] = (
+        f"masks add {masks:.1%}; a stage ({VALIDATION} + {SCORED} scenes) takes {1e3 * seconds:.0f} ms, every"
+        f" {method.interval} steps {decides:.1%}: {masks + decides:.1%} in all"
+    )
+
+
+@functools.cache
+def prune(name: str, device: str, tokens: str) -> torch.nn.Module:
+    """A model of a third of the FLOPs; its accuracy is not at issue."""
+    dense, data = load(name, device)
+    method = vp.CoMP(flops=FLOPS, train=False, objective=METRICS[name], tokens=tokens, rho=0.0, step=0.1)
+    model = copy.deepcopy(dense)
+    return vp.apply(model, method.plan(model, data["calibration"]), round_to=1)
+
+
+def inputs(name: str, device: str, rows: int) -> dict[str, torch.Tensor]:
+    """What a model's loss takes."""
+    _, data = load(name, device)
+    return {key: value.to(device) for key, value in data["train"].batch(torch.arange(rows)).items()}
+
+
+@torch.no_grad()
+def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    images = {"pixel_values": batch["pixel_values"]}
+    texts = {key: value for key, value in batch.items() if key not in images}
+    WithLoss(model, vp.Data("", "", images, texts, torch.arange(len(batch["pixel_values"]))))(**batch)
+
+
+def peak_mb(folder: str, device: str) -> float:
+    """Memory at its peak during a forward, beyond what was held before: of CUDA's allocator, or of the process."""
+    model = load_model(folder, device=device).model
+    batch = {key: value.to(device) for key, value in load_file(f"{folder}/batch.bin").items()}
+    with vp.prune_tokens(model):
+        if device == "cuda":
+            forward(model, batch)
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            forward(model, batch)
+            return (torch.cuda.max_memory_allocated() - held) / 2**20
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        forward(model, batch)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
+
+
+def peak_of_process(model: torch.nn.Module, batch: dict[str, torch.Tensor], folder: Path) -> float:
+    """The median of three processes."""
+    vp.save_pruned(model, folder)
+    save_file({key: value.cpu().contiguous() for key, value in batch.items()}, folder / "batch.bin")
+    device = next(model.parameters()).device.type
+    found = []
+    for _ in range(3):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(peak_mb, (str(folder), device)))
+    return statistics.median(found)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("tokens", ["threshold", "keep"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_pruned(name, tokens, rows, device, compare, tmp_path):
+    """A forward of the pruned model beside that of the dense one."""
+    dense, model = load(name, device.type)[0].eval(), prune(name, device.type, tokens).eval()
+    batch = inputs(name, device.type, rows)
+    left = model.vlprune["plans"][-1]["plan"]["method"]["reached"]["flops"]
+    memory = {m: peak_of_process(m, batch, tmp_path / str(i)) for i, m in enumerate((model, dense))}
+    with vp.prune_tokens(model):
+        compare(
+            "CoMP forward",
+            f"{name}, batch {rows}, tokens by {tokens}",
+            functools.partial(forward, model, batch),
+            functools.partial(forward, dense, batch),
+            baseline_name="dense",
+            dtype=torch.float32,
+            flops_left=left,
+            peak_mb=memory[model],
+            dense_peak_mb=memory[dense],
+            notes=f"{left:.0%} of the FLOPs; peak {memory[model]:.0f} MB, dense {memory[dense]:.0f} MB",
+        )

@@ -1,0 +1,293 @@
+"""CoMP at work on a model: one stage after another, until it is small enough.
+
+Equation numbers are the paper's; what the paper leaves open, and is ours, is marked [ours].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..anatomy import describe
+from ..data import Data
+from ..objectives import objective_named
+from ..patch import Patches
+from ..plan import Plan
+from .flops import Load
+from .masks import Findings, Masks, examine, inputs_of
+from .modes import MODES, Budget, Mode
+from .strategy import ModeStrategy, cost
+from .validation import Measured, Validation
+
+if TYPE_CHECKING:
+    from ..methods.comp import CoMP
+
+COLLABORATIVE = (
+    "vision parameters",
+    "language parameters",
+    "cross-modal parameters",
+    "vision tokens",
+    "language tokens",
+)
+CLOSE = 0.005  # of the dense model's FLOPs: so near to the target counts as there [ours]
+
+
+class Stages:
+    """CoMP at work on a model: hooks on, until ``patches.undo()``."""
+
+    def __init__(self, method: CoMP, model: nn.Module, validation: Data) -> None:
+        self.method, self.model = method, model
+        self.anatomy = describe(model)
+        objective = method.objective
+        if objective is None:
+            objective = "retrieval" if set(self.anatomy.family.embed) == {"vision", "text"} else "exact_match"
+        self.objective = objective_named(objective, self.anatomy)
+        self.patches = Patches()
+        self.masks = Masks(self.anatomy, heads_vote=method.cit)
+        try:
+            self.masks.install(self.patches)
+            self.validation = Validation(self.masks, self.objective, validation, method.batch_size)
+            self.scored = inputs_of(self.anatomy, self.objective, method.calibration or validation, method.batch_size)
+            self.dense = self.validation.dense
+            self.now: Measured = self.validation.now()
+            self.whole: Load = self.now.load
+            self.modes = self._modes()
+            self.strategy = method.strategy(list(self.modes))
+            self.exhausted: list[str] = []
+            self.mode: Mode | None = None  # of the open stage
+            self.opened = 0  # the training step at which it began
+            self.planned = 0.0  # share of the dense FLOPs that it is to save
+            self.entry: dict[str, Any] = {}
+            self.frozen = False
+        except BaseException:
+            self.patches.undo()
+            raise
+
+    @property
+    def length(self) -> int:
+        """Training steps of the open stage."""
+        return max(1, round(self.method.interval * min(1.0, self.planned / self.method.step)))
+
+    @property
+    def target(self) -> float:
+        """FLOPs of one sample."""
+        return self.method.flops * self.dense
+
+    # --- stages ------------------------------------------------------------------------------------------------------
+
+    def open_stage(self, step: int = 0) -> bool:
+        """Choose a mode and raise its threshold; False once the model is small enough."""
+        if self.now.flops <= self.target + CLOSE * self.dense:
+            self.frozen = True
+            return False
+        found = self._examine()
+        if not self.strategy.costs:
+            self._measure_all(found)
+        while True:
+            among = [name for name in self.modes if name not in self.exhausted]
+            if not among:
+                raise ValueError(
+                    f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
+                    " more"
+                )
+            spent = (self.dense - self.now.flops) / (self.dense - self.target)
+            chosen, explored = self.method.choose(self.strategy, among, spent)
+            mode = self.modes[chosen]
+            saves = mode.raise_threshold(found, self._budget(), self._goal())
+            if saves > 0:
+                break
+            self.exhausted.append(chosen)
+        self.mode, self.opened, self.planned = mode, step, saves / self.dense
+        self.entry = {
+            "stage": len(self.method.history),
+            "step": step,
+            "mode": chosen,
+            "explored": explored,
+            "costs": dict(self.strategy.costs),
+            "waited": dict(self.strategy.waited),
+            "threshold": mode.threshold,
+        }
+        if self.method.judged == "raised":
+            mode.soften(0.0)
+            (measured,) = self.validation.trials(mode.towers(), [nullcontext])
+            self._learn(mode, measured)
+        self._agree()
+        return True
+
+    def soften(self, counts: float) -> None:
+        """What the open stage takes away counts so much."""
+        if self.mode is not None:
+            self.mode.soften(counts)
+
+    def close_stage(self, step: int) -> None:
+        """What was going is gone."""
+        assert self.mode is not None
+        self.mode.settle()
+        before, self.now = self.now, self.validation.now()
+        if self.method.judged == "trained":
+            self._learn(self.mode, self.now, before)
+        self.method.history.append(
+            {
+                **self.entry,
+                "closed": step,
+                "accuracy": [before.accuracy, self.now.accuracy],
+                "flops": [before.flops / self.dense, self.now.flops / self.dense],
+                "tokens": self.now.load.shares(self.whole),
+                "units": self._units_left(),
+            }
+        )
+        self.mode = None
+        self._agree()
+
+    def _learn(self, mode: Mode, after: Measured, before: Measured | None = None) -> None:
+        """What a stage cost, eqs. (8) and (10)."""
+        paid = self._cost(before or self.now, after, self.planned)
+        self.strategy.update(mode.name, paid)
+        self.entry |= {"cost": paid, "measured": after.accuracy}
+
+    def _examine(self) -> Findings:
+        return examine(self.masks, self.objective, self.scored, weigh_tokens=self.method.cip)
+
+    def _budget(self) -> Budget:
+        return Budget(self.masks, self.validation.total, self.now.load)
+
+    def _goal(self) -> float:
+        return min(self.method.step * self.dense, self.now.flops - self.target)
+
+    def _cost(self, before: Measured, after: Measured, planned: float) -> float:
+        """Eq. (8), with FLOPs as shares of the dense model's.
+
+        Tokens come and go as a model learns. A stage that saved less than half of what it was to save is judged as if
+        it had saved that half [ours]: divided by next to nothing, one sample more or less would decide.
+        """
+        saved = max((before.flops - after.flops) / self.dense, planned / 2)
+        return cost((before.accuracy, after.accuracy), (saved, 0.0))
+
+    # --- before the first stage --------------------------------------------------------------------------------------
+
+    def _modes(self) -> dict[str, Mode]:
+        """Those of the wanted modes that the model has."""
+        wanted = COLLABORATIVE if self.method.modes is None else self.method.modes
+        built = {name: MODES[name](self.masks) for name in wanted}
+        missing = [name for name, mode in built.items() if mode is None]
+        if missing and self.method.modes is not None:
+            raise ValueError(f"modes: {type(self.model).__name__} has no {', '.join(missing)}")
+        found = {name: mode for name, mode in built.items() if mode is not None}
+        if not found:
+            raise ValueError(f"model: {type(self.model).__name__} has none of {', '.join(wanted)}")
+        return found
+
+    def _measure_all(self, found: Findings) -> None:
+        """The first cost of every mode [ours], by replay; and whether the target can be reached at all."""
+        budget = self._budget()
+        together: dict[tuple[str, ...], list[Mode]] = {}
+        for mode in self.modes.values():
+            together.setdefault(mode.towers(), []).append(mode)
+        for towers, modes in together.items():
+            contexts = [lambda m=mode: self._all_raised(found, budget, self._goal(), [m]) for mode in modes]
+            for mode, measured in zip(modes, self.validation.trials(towers, contexts), strict=True):
+                if measured.flops < self.now.flops:
+                    self.strategy.costs[mode.name] = self._cost(self.now, measured, 0.0)
+                else:
+                    self.exhausted.append(mode.name)
+        with self._all_raised(found, budget, math.inf, self.modes.values()):
+            least = self.validation.now().flops / self.dense
+        self.now = self.validation.now()
+        if least > self.method.flops + CLOSE:
+            raise ValueError(
+                f"flops: {self.method.flops}, expected at least {least:.3f}, the least that {', '.join(self.modes)} can"
+                f" leave of {type(self.model).__name__}"
+            )
+
+    @contextmanager
+    def _all_raised(self, found: Findings, budget: Budget, goal: float, modes: Iterable[Mode]) -> Iterator[None]:
+        """Some modes as they would be after one stage, without fading."""
+        raised = []
+        try:
+            for mode in modes:
+                if mode.raise_threshold(found, budget, goal):
+                    raised.append(mode)
+                    mode.soften(0.0)
+            yield
+        finally:
+            for mode in raised:
+                mode.withdraw()
+
+    # --- what is left ------------------------------------------------------------------------------------------------
+
+    def _units_left(self) -> dict[str, float]:
+        """Tower and kind -> share of its units."""
+        kept = self.masks.kept()
+        found: dict[str, list[int]] = {}
+        for (tower, layer, kind), site in self.masks.sites.items():
+            counts = found.setdefault(f"{tower}.{kind}", [0, 0])
+            counts[0] += kept.get((tower, layer, kind), site.units)
+            counts[1] += site.units
+        return {name: left / every for name, (left, every) in found.items()}
+
+    def plan(self) -> Plan:
+        """What is gone."""
+        plan = Plan(self.anatomy.shape(), method={**self.method.describe(), "objective": self.objective.name})
+        found = self._examine() if self.method.tokens == "keep" else None
+        for mode in self.modes.values():
+            mode.write(plan, found)
+        self.now = self.validation.now()
+        plan.method["history"] = self.method.history
+        plan.method["reached"] = {
+            "accuracy": self.now.accuracy,
+            "flops": self.now.flops / self.dense,
+            "tokens": self.now.load.shares(self.whole),
+        }
+        return plan
+
+    # --- to be kept --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Plain data, from which `load` goes on."""
+        return {
+            "fields": {
+                key: value for key, value in self.method.describe().items() if key not in ("validation", "calibration")
+            },
+            "modes": {name: mode.state() for name, mode in self.modes.items()},
+            "strategy": self.strategy.as_dict(),
+            "exhausted": self.exhausted,
+            "stage": {
+                "mode": None if self.mode is None else self.mode.name,
+                "opened": self.opened,
+                "planned": self.planned,
+                "entry": self.entry,
+            },
+            "now": {"accuracy": self.now.accuracy, "flops": self.now.flops},
+            "frozen": self.frozen,
+            "history": self.method.history,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Be where `state` was taken."""
+        given = json.loads(json.dumps(self.state()["fields"]))
+        different = [key for key, value in state["fields"].items() if given.get(key) != value]
+        if different:
+            name = different[0]
+            raise ValueError(f"{name}: {given.get(name)!r}, but the run to go on with has {state['fields'][name]!r}")
+        for name, mode in self.modes.items():
+            mode.load(state["modes"][name])
+        self.strategy = ModeStrategy(**state["strategy"])
+        self.exhausted, self.frozen = list(state["exhausted"]), state["frozen"]
+        self.method.history = list(state["history"])
+        self.opened, self.planned, self.entry = (state["stage"][key] for key in ("opened", "planned", "entry"))
+        self.mode = self.modes.get(state["stage"]["mode"])
+        self.now = replace(self.now, **state["now"])
+
+    def _agree(self) -> None:
+        """Where several processes train, all do what the first has decided."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            said = [self.state()]
+            torch.distributed.broadcast_object_list(said)
+            self.load(said[0])
