@@ -193,11 +193,14 @@ def test_on_a_masked_model(name, device):
         assert replay.block_runs == ROWS * (depth - 1 + runs)
 
 
+FIRST = {"with_kwargs": True, "prepend": True}  # before transformers notes what a vision tower's block says
+
+
 @contextmanager
 def scaled(block, by):
     """What a block adds to its stream counts ``by`` times."""
     with Patches() as patches:
-        patches.hook(block, lambda _, args, kwargs, out: scaled_output(args, kwargs, out, by), with_kwargs=True)
+        patches.hook(block, lambda _, args, kwargs, out: scaled_output(args, kwargs, out, by), **FIRST)
         yield
 
 

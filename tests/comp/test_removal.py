@@ -120,17 +120,29 @@ def test_a_plan_with_both(name, limits, tmp_path):
         same(run(name, one, values), Eager(name, units=units)(values))
 
 
+def test_places_of_what_left():
+    """Behind a tower's last block tokens stand where they stood; who left is zero, fillers too."""
+    model, values = oracle.model("clip"), inputs("clip")
+    with vp.prune_tokens(model, PlannedTokens({"vision": {"threshold": 0.1}})) as pruning, torch.no_grad():
+        states = model.vision_model(values["pixel_values"]).last_hidden_state
+    left = pruning.kept[max(pruning.kept)]
+    assert len(set(left.sum(1).tolist())) > 1  # so that there are fillers
+    assert torch.equal(states.ne(0).any(-1), left)
+
+
+@pytest.mark.parametrize("limits", [HARD, KEEP], ids=["threshold", "keep"])
+@pytest.mark.parametrize("seed", [2, 4])
 @pytest.mark.parametrize("name", NAMES)
-def test_zeroed_heads_do_not_vote(name):
+def test_zeroed_heads_do_not_vote(name, seed, limits):
     """mode="mask": they are there, and eq. (7) leaves them out."""
-    values, units = inputs(name), some_units(name, 2)
-    expected = Eager(name, HARD, votes=votes_of(name, units), units=units)(values)
+    values, units = inputs(name), some_units(name, seed)
+    expected = Eager(name, limits, votes=votes_of(name, units), units=units)(values)
     model = tiny.build(name)
-    vp.apply(model, plan_of(name, units, HARD), mode="mask")
+    vp.apply(model, plan_of(name, units, limits), mode="mask")
     with vp.prune_tokens(model):
         found = run(name, model, values)
     same(found, expected)
-    differ(found, Eager(name, HARD, units=units)(values), by=1e-4)
+    differ(found, Eager(name, limits, units=units)(values), by=1e-4)
 
 
 def test_a_block_without_heads():

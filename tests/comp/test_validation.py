@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from vlprune_ext.comp.validation import Validation
 from vlprune_ext.objectives import objective_named
 from vlprune_ext.patch import Patches
 
-LIMITS = {"vision": Threshold(going=0.09, gone=0.07), "text": Threshold(going=0.06, gone=0.05)}
+LIMITS = {"vision": Threshold(going=0.09, gone=0.07, soft=0.4), "text": Threshold(going=0.06, gone=0.05, soft=0.4)}
 NAMES = ("clip", "blip_vqa", "llava")
 ROWS = 5
 # That run for three contexts: once what comes before the tower and its first block, then for each all from there on.
@@ -224,7 +224,7 @@ def test_trials(bench, name, towers, before):
     if before:
         at.masks.units = {("vision", 1, "neurons"): torch.ones(64).index_fill_(0, torch.arange(0, 40, 2), 0.5)}
         at.masks.flow.thresholds = {"vision": Threshold(going=0.07, gone=0.06, soft=0.5)}
-    units = {key: mask for tower in towers for key, mask in units_of(name, tower).items()}
+    units = {key: mask for tower in towers for key, mask in units_of(name, tower, 0.5).items()}
     limits = {tower: LIMITS[tower] for tower in towers if tower != "decoder"}
     contexts = [lambda: within(at, units), lambda: within(at, (), limits), lambda: within(at, units, limits)]
     expected = []
@@ -245,6 +245,9 @@ def test_trials(bench, name, towers, before):
     assert runs <= 3 * whole + ROWS
     assert (at.masks.units, at.masks.flow.thresholds) == state
     assert [len(m._forward_hooks) for m in at.model.modules()] == hooks
+    (same,) = at.validation.trials(towers[:1], [nullcontext])
+    assert same.accuracy == pytest.approx(first.accuracy, rel=1e-6)
+    assert same.flops == first.flops
     again = at.validation.now()
     assert (again.accuracy, again.flops) == (first.accuracy, first.flops)
 
