@@ -239,6 +239,8 @@ def test_tokens_are_foretold(bench, name):
     found, budget = at.look()
     saves = mode.raise_threshold(found, budget, 0.04 * at.now.flops)
     assert saves >= min(0.04 * at.now.flops, BITE * mode.capacity)
+    assert at.flops() == at.now.flops  # raised, but nothing goes before it is told to
+    mode.soften(0.0)
     assert at.now.flops - at.flops() == pytest.approx(saves, rel=0.6)  # importances shift once some have left
     mode.settle()
     found, _ = at.look()

@@ -236,9 +236,10 @@ class TokenMode(Mode):
     def raise_threshold(self, found: Findings, budget: Budget, goal: float) -> float:
         now = budget.with_units({})
         low, high = self.limit.going, 1.0  # importances of a sample sum to one
+        before = {tower: self._entering(tower, 0.0, found) for tower in self._towers}
 
         def saved(threshold: float) -> float:
-            return now - self._flops_at(threshold, found, budget)
+            return now - self._flops_at(threshold, before, found, budget)
 
         self.capacity = saved(high) if self.capacity is None else self.capacity
         goal = goal if goal == math.inf else min(goal, BITE * self.capacity)
@@ -249,19 +250,22 @@ class TokenMode(Mode):
                 middle = (low + high) / 2
                 low, high = (low, middle) if saved(middle) >= goal else (middle, high)
         saves = saved(high)
-        self.limit = replace(self.limit, going=high, soft=1.0)
-        self.soften(1.0)
+        self.limit = replace(self.limit, going=high)
         return saves
 
-    def _flops_at(self, threshold: float, found: Findings, budget: Budget) -> float:
+    def _entering(self, tower: str, threshold: float, found: Findings) -> Tensor:
+        """[depth + 1] tokens that enter each block that is read, and leave the last of them, under a threshold."""
+        depth = self.masks.anatomy.tower(tower).depth
+        return torch.stack([_passing(blocks[:depth], threshold) for blocks in found.tokens[tower]]).sum(0)
+
+    def _flops_at(self, threshold: float, before: dict[str, Tensor], found: Findings, budget: Budget) -> float:
         """FLOPs with another threshold, told from the importances of tokens that are still there."""
         shares: dict[str, list[float]] = {}
         left: dict[str, float] = {}
         for tower in self._towers:
-            counts = [_passing(blocks, threshold) for blocks in found.tokens[tower]]  # of each batch: [blocks + 1]
-            before = [_passing(blocks, 0.0) for blocks in found.tokens[tower]]
-            ratio = (torch.stack(counts).sum(0) / torch.stack(before).sum(0)).tolist()
-            shares[tower], left[tower] = ratio[:-1], ratio[-1]
+            ratio = (self._entering(tower, threshold, found) / before[tower]).tolist()
+            unread = len(self.masks.anatomy.tower(tower)) - len(ratio) + 1
+            shares[tower], left[tower] = [*ratio[:-1], *[0.0] * unread], ratio[-1]
         self._beyond(shares, left, found)
         return budget.with_tokens(shares, left)
 

@@ -230,7 +230,10 @@ class TokenFlow:
             if layer == 0:
                 tokens = self._first(tower, tokens, args[0] if args else kwargs["hidden_states"])
             assert tokens is not None
-            self._set(tower.name, replace(tokens, entered=(*tokens.entered, tokens.alive.sum(1))))
+            counted = tokens.alive.sum(1)
+            if layer >= tower.depth and self.active(tower.name):  # `TokenRemoval` passes blocks by that nothing reads
+                counted = torch.zeros_like(counted)
+            self._set(tower.name, replace(tokens, entered=(*tokens.entered, counted)))
 
         return enter
 

@@ -127,6 +127,7 @@ def train(
 
     AdamW, a twentieth of the steps warm-up, then linear decay to zero; gradients clipped at 1.
 
+    callbacks  have their turn before ``method``: at the end of training they still see all of the model
     out  a folder for checkpoints, one every ``save_steps``; a run that was cut goes on from the last one there, and
          ends as if it had not been. None: none are written
 
@@ -165,7 +166,7 @@ def train(
             TrainingArguments(**arguments),
             train_dataset=_Rows(data, loss.pairs),
             data_collator=lambda rows: data.batch(torch.tensor(rows)),
-            callbacks=[method, *callbacks, *([_Report(progress)] if progress else [])],
+            callbacks=[*callbacks, method, *([_Report(progress)] if progress else [])],
         )
         before = None if out is None else last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
