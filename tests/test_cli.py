@@ -552,7 +552,7 @@ def test_readme_example_runs_as_shown(tmp_path, monkeypatch, capsys):
     given = {"vp": vp, "model": llava, "inputs": inputs}
     given |= {split: vp.load_data("digits-questions", split, model=llava, limit=8) for split in ("train", "validation")}
     with pytest.warns(UserWarning, match="training ended"):
-        exec(compile(together.replace("steps=1000", "steps=1"), "README.md", "exec"), given)
+        exec(compile(together.replace("steps=2000", "steps=1"), "README.md", "exec"), given)
     assert re.search(r"recall@1 [\d.]+ -> [\d.]+", capsys.readouterr().out)
     assert (tmp_path / "pruned" / "pruning.json").is_file()
 

@@ -222,7 +222,7 @@ def prune(
     criterion: Annotated[str | None, method_field("ecoflap: wanda, magnitude, ria or sparsegpt.", "wanda")] = None,
     pattern: Annotated[str | None, method_field("ecoflap: unstructured, or n:m zeros.", "unstructured")] = None,
     flops: Annotated[float | None, method_field("comp: share of the FLOPs kept.", "0.3")] = None,
-    interval: Annotated[int | None, method_field("comp: training steps of a stage.", "50")] = None,
+    interval: Annotated[int | None, method_field("comp: training steps of a stage.", "100")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -236,7 +236,7 @@ def prune(
     round_to: Annotated[int, typer.Option(min=1, help="MLP widths stay multiples of this.")] = 8,
     train_steps: Annotated[
         int, typer.Option(min=1, help="comp: training steps, on the split 'train'; 'validation' decides.")
-    ] = 1000,
+    ] = 2000,
     learning_rate: Annotated[float, typer.Option(help="comp: of the training.")] = 1e-4,
     resume: Annotated[
         Path | None,

@@ -11,7 +11,7 @@ from models import tiny
 from tokens import oracle
 
 from vlprune_ext.anatomy import describe
-from vlprune_ext.comp.masks import Masks, masked_units
+from vlprune_ext.comp.masks import Masks, masked_columns
 from vlprune_ext.comp.tokens import Threshold
 from vlprune_ext.patch import Patches
 from vlprune_ext.tokens import attention
@@ -211,12 +211,14 @@ def test_a_key_counts_so_many_times(causal):
     assert not found[1][0, :, 4].any()
 
 
-def test_masked_units():
+def test_masked_columns():
+    """Weights masked are activations masked, eq. (1); gradients reach weights, activations and the mask."""
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([1.0, 0.5, 0.0, 0.25], dtype=torch.float64, requires_grad=True)
-    expected = torch.cat([part * m for part, m in zip(x.split(2, -1), mask, strict=True)], -1)
-    torch.testing.assert_close(masked_units(x, mask, 2), expected, rtol=0, atol=0)
-    assert torch.autograd.gradcheck(lambda x, mask: masked_units(x, mask, 2), (x, mask))
+    masked = torch.cat([part * m for part, m in zip(x.split(2, -1), mask, strict=True)], -1)
+    torch.testing.assert_close(x @ masked_columns(weight, mask, 2).T, masked @ weight.T)
+    assert torch.autograd.gradcheck(lambda x, w, m: x @ masked_columns(w, m, 2).T, (x, weight, mask))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..anatomy import Anatomy, Site
 from ..data import Data
@@ -21,8 +22,8 @@ from .tokens import TokenFlow, Tokens, class_tokens
 class Masks:
     """Soft masks in a running model; its weights are not written.
 
-    units  (tower, layer, kind of site) -> [units] fp32, by which a unit's slice of what enters its output projection is
-           multiplied; sites that are not named are whole
+    units  (tower, layer, kind of site) -> [units] fp32, how much each counts in its output projection; sites that are
+           not named are whole
     flow   the tokens
     """
 
@@ -40,7 +41,7 @@ class Masks:
     def install(self, patches: Patches) -> None:
         """Put the hooks in place, for as long as ``patches`` lives."""
         for key, site in self.sites.items():
-            patches.pre_hook(site.out, self._multiply(key, site))
+            patches.forward(site.out, self._project(key, site))
         self.flow.install(patches)
 
     def kept(self) -> dict[Unit, int]:
@@ -61,20 +62,24 @@ class Masks:
     def _votes(self, tower: str, layer: int) -> Tensor | None:
         return self.units.get((tower, layer, "head"))
 
-    def _multiply(self, key: Unit, site: Site):
-        def multiply(_, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def _project(self, key: Unit, site: Site):
+        plain = site.out.forward
+
+        def project(x: Tensor) -> Tensor:
             mask = self.units.get(key)
             if mask is None:
-                return None
-            x = args[0]
-            return (masked_units(x, mask, site.width), *args[1:])
+                return plain(x)
+            return F.linear(x, masked_columns(site.out.weight, mask, site.width), site.out.bias)
 
-        return multiply
+        return project
 
 
-def masked_units(x: Tensor, mask: Tensor, width: int) -> Tensor:
-    """What enters an output projection, ``x ⊙ M^p``, eq. (1): x [..., units * width], mask [units]."""
-    return x * mask.to(x.dtype).repeat_interleave(width)
+def masked_columns(weight: Tensor, mask: Tensor, width: int) -> Tensor:
+    """M^p of eq. (1), where it costs least: ``(X ⊙ M) W^T = X (W ⊙ M)^T``.
+
+    weight [D, units * width] of an output projection, mask [units]. A batch has more activations than it has weights.
+    """
+    return weight * mask.to(weight.dtype).repeat_interleave(width)
 
 
 @dataclass
@@ -141,7 +146,8 @@ def examine(
         flow.on_importance = None
     for key, of in channels.items():
         if of.samples:
-            found.units[key] = of.value().view(-1, masks.sites[key].width).mean(1)
+            value = of.value().view(-1, masks.sites[key].width).mean(1)
+            found.units[key] = value * masks.units.get(key, 1.0)  # the norm of what is masked
     return found
 
 

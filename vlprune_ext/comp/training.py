@@ -112,7 +112,7 @@ def train(
     method: CoMP,
     data: Data,
     *,
-    steps: int = 1000,
+    steps: int = 2000,
     batch_size: int = 64,
     learning_rate: float = 1e-4,
     weight_decay: float = 0.01,

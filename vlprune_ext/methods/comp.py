@@ -70,7 +70,7 @@ class CoMP(TrainerCallback, ExportableState):
     calibration: Data | None = field(default=None, repr=False)
     objective: str | Objective | None = None
     modes: Sequence[str] | None = None
-    interval: int = 50
+    interval: int = 100
     step: float = 0.05
     judged: str = "raised"
     rho: float = 0.2
