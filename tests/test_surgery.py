@@ -74,7 +74,7 @@ def test_removed_equals_masked(name, seed):
         stays = [layer for layer in range(len(blocks)) if layer not in plan.layers.get(tower, [])]
         wanted = [
             {
-                kind: count - len(rounded.removed(tower, kind, layer)) * surgery._removable(sites[tower][kind])
+                kind: count - len(rounded.removed(tower, kind, layer)) * surgery.removable(sites[tower][kind])
                 for kind, count in blocks[layer].items()
             }
             for layer in stays
@@ -137,7 +137,7 @@ def test_all_units_of_a_block(name):
     torch.testing.assert_close(tiny.outputs(name, model, values), expected, **CLOSE)
     for name, tower in describe(model).towers.items():
         for kind, site in tower.blocks[0].sites.items():
-            assert site.units == (1 if surgery._removable(site) else plan.shape[name][0][kind])
+            assert site.units == (1 if surgery.removable(site) else plan.shape[name][0][kind])
         assert tower.blocks[1].sites["neurons"].units == 1
     kinds = sum(len(blocks[0]) + 1 for blocks in plan.shape.values())
     assert len(model.vlprune["plans"][0]["zeroed"]) == kinds
@@ -280,7 +280,7 @@ def test_modules_hooks_and_flags_survive(name):
     model = tiny.build(name).to(torch.float64)
     tower = next(iter(describe(model).towers))
     sites = describe(model).towers[tower].blocks[1].sites
-    kind = "head" if surgery._removable(sites["head"]) else "neurons"
+    kind = "head" if surgery.removable(sites["head"]) else "neurons"
     site = sites[kind]
     site.out.weight.requires_grad_(False)
     seen = []

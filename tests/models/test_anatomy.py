@@ -9,7 +9,7 @@ from torch import nn
 from vlprune_ext import anatomy
 from vlprune_ext.anatomy import Family, describe
 from vlprune_ext.plan import Plan
-from vlprune_ext.surgery import _removable, apply
+from vlprune_ext.surgery import apply, removable
 
 TOWERS = {
     "clip": {"vision": 4, "text": 3},
@@ -109,7 +109,7 @@ def test_parameters_of_a_unit_and_a_block(name):
             if kind == "head" and block.sites[kind].units == 2:
                 expected //= 2  # of two key/value heads only one may go
             plan = Plan(taken_apart.shape())
-            if kind != "layer" and not _removable(block.sites[kind]):
+            if kind != "layer" and not removable(block.sites[kind]):
                 expected = 0  # zeroed instead
             plan.add(tower, kind, 1, [0] if blocks[1].get(kind) == 2 else [0, 2])
             before = params(model)
