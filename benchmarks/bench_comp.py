@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import functools
 import multiprocessing
-import resource
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from memory import peak_mb
 from safetensors.torch import load_file, save_file
 
 import vlprune_ext as vp
@@ -116,29 +116,20 @@ def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
     WithLoss(model, vp.Data("", "", images, texts, torch.arange(len(batch["pixel_values"]))))(**batch)
 
 
-def peak_mb(folder: str, device: str) -> float:
-    """Memory at its peak during a forward, beyond what was held before: of CUDA's allocator, or of the process."""
+def peak_of_forward(folder: str, device: str) -> float:
     model = load_model(folder, device=device).model
     batch = {key: value.to(device) for key, value in load_file(f"{folder}/batch.bin").items()}
     with vp.prune_tokens(model):
-        if device == "cuda":
-            forward(model, batch)
-            held = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            forward(model, batch)
-            return (torch.cuda.max_memory_allocated() - held) / 2**20
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        forward(model, batch)
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
+        return peak_mb(lambda: forward(model, batch), device)
 
 
 def peak_of_process(model: torch.nn.Module, batch: dict[str, torch.Tensor], folder: Path) -> float:
-    """`peak_mb` in a process of its own, whose memory nothing else has raised before."""
+    """`peak_of_forward` in a process of its own, whose memory nothing else has raised before."""
     vp.save_pruned(model, folder)
     save_file({key: value.cpu().contiguous() for key, value in batch.items()}, folder / "batch.bin")
     device = next(model.parameters()).device.type
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_mb, (str(folder), device))
+        return pool.apply(peak_of_forward, (str(folder), device))
 
 
 @pytest.mark.parametrize("rows", [1, 64])

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import resource
 import statistics
 from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
+from memory import peak_mb
 
 import vlprune_ext as vp
 from vlprune_ext.flops import count_flops
@@ -68,27 +68,17 @@ def prefill(model, inputs):
 
 
 @torch.no_grad()
-def peak_mb(device: str, pruned: bool) -> float:
-    """Memory at its peak during a prefill, beyond the model: of CUDA's allocator, or of a process of its own."""
+def peak_of_prefill(device: str, pruned: bool) -> float:
     model, inputs = build(device), make(device)
-    context = vp.prune_tokens(model, METHOD) if pruned else nullcontext()
-    with context:
-        if device == "cuda":
-            prefill(model, inputs)
-            held = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            prefill(model, inputs)
-            return (torch.cuda.max_memory_allocated() - held) / 2**20
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        prefill(model, inputs)
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
+    with vp.prune_tokens(model, METHOD) if pruned else nullcontext():
+        return peak_mb(lambda: prefill(model, inputs), device)
 
 
 def peak_of_process(device: str, pruned: bool) -> float:
     if device == "cuda":
-        return peak_mb(device, pruned)
+        return peak_of_prefill(device, pruned)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_mb, (device, pruned))
+        return pool.apply(peak_of_prefill, (device, pruned))
 
 
 @torch.no_grad()

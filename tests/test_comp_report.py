@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 import vlprune_ext as vp
-from vlprune_ext import stage_figures, stage_report
+from vlprune_ext import stage_figures
 from vlprune_ext.comp.modes import MODES
 from vlprune_ext.comp.scalars import of_stage
 from vlprune_ext.methods import COLLABORATIVE
@@ -70,19 +70,6 @@ def record() -> Record:
     return Record(plan, None, numbers, {"exact_match": 0.93, "params": 900, "flops": 1300}, dict(method))
 
 
-@pytest.fixture
-def charts(monkeypatch) -> dict:
-    """The charts of the section, by title."""
-    drawn = {}
-
-    def title(figure) -> str:
-        drawn[figure.get_suptitle()] = figure
-        return f"<svg>{figure.get_suptitle()}</svg>"
-
-    monkeypatch.setattr(stage_report, "svg", title)
-    return drawn
-
-
 def rows(page: str) -> list[list[str]]:
     """The cells of the table of stages."""
     section = page[page.index("<h2>Stages</h2>") :]
@@ -104,7 +91,9 @@ def test_page_tells_every_stage_and_why(record, charts):
     ]
     assert "3 stages: 1 of vision parameters, 1 of language parameters and 1 of vision tokens." in page
     assert "61.3% of the dense model's FLOPs are left" in page.replace("&#39;", "'")
-    assert len(charts) == 3
+    units, *of_stages = charts
+    assert units == "Units kept in every block"
+    assert len(of_stages) == 3
     assert "Ring: explored" in page
 
 
@@ -163,7 +152,7 @@ def test_one_mode_and_modes_in_turn(record, charts):
     page = render(record)
     assert rows(page)[0][3] == "the only mode"
     assert "Ring" not in page
-    assert len(charts) == 1
+    assert list(charts) == ["Units kept in every block", "What every stage saved, and what it cost"]
     method["history"] = [entry(0, "tokens", costs={"parameters": 0.5, "tokens": 0.25})]
     for name in COLLABORATIVE:
         method["name"] = name

@@ -76,19 +76,6 @@ def record() -> Record:
     return make_record({"vision": 3, "text": 2})
 
 
-@pytest.fixture
-def charts(monkeypatch) -> dict:
-    """The charts that pages show, by title; the pages hold their titles in their place, which takes less time."""
-    drawn = {}
-
-    def title(figure) -> str:
-        drawn[figure.get_suptitle()] = figure
-        return f"<svg>{figure.get_suptitle()}</svg>"
-
-    monkeypatch.setattr(report, "svg", title)
-    return drawn
-
-
 class _Balance(HTMLParser):
     """Every tag that is opened is closed, in order."""
 

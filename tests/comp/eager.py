@@ -154,7 +154,8 @@ class Eager:
         alive = valid & (self.masks[tower] > 0)
         self.entered[tower, layer] = alive
         there = alive & asks
-        attention = scores.masked_fill(~there[:, None, None], -torch.inf).softmax(-1).nan_to_num()
+        attention = scores.masked_fill(~there[:, None, None], -torch.inf).exp() * self.masks[tower][:, None, None]
+        attention = (attention / attention.sum(-1, keepdim=True)).nan_to_num()
         votes = self.votes.get((tower, layer))
         if votes is not None:
             attention = attention * votes.double()[:, None, None]

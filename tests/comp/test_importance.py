@@ -48,10 +48,25 @@ def test_padding_neither_asks_nor_counts():
     valid = torch.ones(2, 7, dtype=torch.bool)
     valid[1, 5:] = False
     _, lse = attention(q, k, key_mask=valid)
-    found = token_importance(q, k, lse, query_mask=valid, key_mask=valid)
+    found = token_importance(q, k, lse, query_mask=valid, key_weight=valid.float())
     _, alone_lse = attention(q[1:, :, :5], k[1:, :, :5])
     torch.testing.assert_close(found[1:, :5], token_importance(q[1:, :, :5], k[1:, :, :5], alone_lse))
     assert found[1, 5:].tolist() == [0.0, 0.0]
+
+
+def test_a_fading_token_counts_less():
+    """As a key of the attention that runs, whose shares the others then have more of."""
+    q, k = torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    times = torch.rand(2, 7)
+    times[1, 5:] = 0.0
+    asks = times > 0
+    weighed, _ = attention(q, k)
+    weighed = weighed * times[:, None, None].double()
+    total = weighed.sum(-1, keepdim=True)
+    expected = ((weighed / total).amax(1) * asks[..., None]).sum(1)
+    logits = q.double() @ k.double().mT * 8**-0.5 + times.double().log()[:, None, None]
+    found = token_importance(q, k, logits.logsumexp(-1).float(), query_mask=asks, key_weight=times)
+    torch.testing.assert_close(found.double(), expected / expected.sum(1, keepdim=True), rtol=1e-5, atol=1e-7)
 
 
 def test_no_head_is_left():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vlprune_ext.tokens.attention import from_all, from_rows
+from vlprune_ext.tokens.attention import _KeepLse, from_all, from_rows
 
 
 def attention_map(query, key, scale, visible):
@@ -56,3 +57,44 @@ def test_from_all(alike, dtype, device):
         torch.testing.assert_close(actual[b : b + 1, :, inside].double(), expected, rtol=1e-4, atol=1e-4)
         assert not actual[b, :, :start].any()
         assert not actual[b, :, stop:].any()
+
+
+MASKS = {
+    "none": lambda: {},
+    "causal": lambda: {"is_causal": True},
+    "bool": lambda: {"attn_mask": torch.rand(2, 1, 9, 9) < 0.8},
+    "additive": lambda: {"attn_mask": torch.rand(2, 1, 1, 9).log()},
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_log_sum_exp_of_what_runs(kind):
+    """The attention and its gradients are as ever, bit by bit, and its log-sum-exp comes with it."""
+    given = MASKS[kind]()
+    if "attn_mask" in given:
+        given["attn_mask"][..., 0] = True if kind == "bool" else 0.0  # each query sees some key
+    heads = [torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3)]
+    expected = F.scaled_dot_product_attention(*heads, scale=0.4, **given)
+    with _KeepLse() as kept:
+        found = F.scaled_dot_product_attention(*heads, scale=0.4, **given)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(out.square().sum(), heads) for out in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    scores = 0.4 * heads[0].detach().double() @ heads[1].detach().double().mT
+    mask = given.get("attn_mask", torch.ones(9, 9).tril().bool() if kind == "causal" else torch.zeros(1))
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    torch.testing.assert_close(kept.lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"dropout_p": 0.5}, {"enable_gqa": True}], ids=["dropout", "grouped"])
+def test_no_log_sum_exp(given):
+    """Of an attention that computes none, or not that of each query head."""
+    query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2 if "enable_gqa" in given else 4, 9, 8)
+    with _KeepLse() as kept:
+        F.scaled_dot_product_attention(query, query, query)
+        assert kept.lse is not None
+        torch.manual_seed(3)
+        found = F.scaled_dot_product_attention(query, key, key, **given)
+    assert kept.lse is None
+    torch.manual_seed(3)
+    assert torch.equal(found, F.scaled_dot_product_attention(query, key, key, **given))

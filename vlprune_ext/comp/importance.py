@@ -18,7 +18,7 @@ def token_importance(
     *,
     head_mask: Tensor | None = None,  # [H] or [B, H]
     query_mask: Tensor | None = None,  # [B, Tq]
-    key_mask: Tensor | None = None,  # [B, T]
+    key_weight: Tensor | None = None,  # [B, T]
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
@@ -33,8 +33,10 @@ def token_importance(
     query, key, lse : as `ops.attention_importance` takes them
     head_mask : [H] or [B, H], floating point, optional
         m, in [0, 1]: 0 for a head that is gone, between for one that is going.
-    query_mask, key_mask : bool, optional
-        False for padding: it neither asks nor is worth anything.
+    query_mask : bool, optional
+        False for padding, which does not ask.
+    key_weight : floating point, optional
+        How many times each token counts as a key in A, as in ``lse``: 0 for padding, between for a token that is going.
 
     Returns
     -------
@@ -51,9 +53,11 @@ def token_importance(
         query_weight=None if query_mask is None else query_mask.float(),
         reduce="max",
         causal=causal,
-        key_mask=key_mask,
+        key_mask=None if key_weight is None else key_weight > 0,
         scale=scale,
     )
+    if key_weight is not None:
+        received = received * key_weight
     total = received.sum(1, keepdim=True)
     return torch.where(total > 0, received / total, received)
 

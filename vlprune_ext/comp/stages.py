@@ -20,7 +20,6 @@ from ..data import Data
 from ..objectives import objective_named
 from ..patch import Patches
 from ..plan import Plan
-from .flops import Load
 from .masks import Findings, Masks, examine, inputs_of
 from .modes import MODES, Budget, Mode
 from .strategy import ModeStrategy, cost
@@ -55,9 +54,8 @@ class Stages:
             self.masks.install(self.patches)
             self.validation = Validation(self.masks, self.objective, validation, method.batch_size)
             self.scored = inputs_of(self.anatomy, self.objective, method.calibration or validation, method.batch_size)
-            self.dense = self.validation.dense
-            self.now: Measured = self.validation.now()
-            self.whole: Load = self.now.load
+            self.now: Measured = self.validation.dense
+            self.dense, self.whole = self.now.flops, self.now.load  # of the dense model
             self.modes = self._modes()
             self.strategy = method.strategy(list(self.modes))
             self.exhausted: list[str] = []
@@ -197,9 +195,8 @@ class Stages:
                     self.strategy.costs[mode.name] = self._cost(self.now, measured, 0.0)
                 else:
                     self.exhausted.append(mode.name)
-        with self._all_raised(found, budget, math.inf, self.modes.values()):
-            least = self.validation.now().flops / self.dense
-        self.now = self.validation.now()
+        everything = self.validation.within(lambda: self._all_raised(found, budget, math.inf, self.modes.values()))
+        least = everything.flops / self.dense
         if least > self.method.flops + CLOSE:
             raise ValueError(
                 f"flops: {self.method.flops}, expected at least {least:.3f}, the least that {', '.join(self.modes)} can"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Tower
 from ..patch import Patches
-from ..tokens.attention import log_sum_exp, watch, weigh
+from ..tokens.attention import log_sum_exp, weigh
 from ..tokens.checks import check_runs_once
 from ..tokens.decoder import last_instruction, placeholders, read_prompt, spread_over
 from ..tokens.method import share
@@ -160,8 +160,7 @@ class TokenFlow:
             for layer, block in enumerate(tower.blocks):
                 patches.pre_hook(block.module, self._enter(tower, layer), with_kwargs=True)
                 if name in self.towers:
-                    weigh(patches, block.sites["head"], self._mask_of(name))
-                    watch(patches, block.sites["head"], self._look(tower, layer))
+                    weigh(patches, block.sites["head"], self._mask_of(name), self._look(tower, layer))
                     patches.hook(block.module, self._leave(tower, layer), prepend=True)
                 if name in self._memory_of and "cross_head" in block.sites:
                     weigh(patches, block.sites["cross_head"], self._memory_mask(name))
@@ -258,7 +257,7 @@ class TokenFlow:
         causal = tower.causal
 
         @torch.no_grad()
-        def look(query: Tensor, key: Tensor, scale: float) -> None:
+        def look(query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> None:
             leaves = self.active(tower.name) and _leaves_behind(tower, layer)
             if not leaves and self.on_importance is None:
                 return
@@ -266,7 +265,7 @@ class TokenFlow:
             votes = self.head_masks(tower.name, layer)
             if votes is not None:
                 votes = votes.repeat_interleave(query.shape[1] // len(votes))
-            found = importance_in(query, key, scale, tokens, votes, causal)
+            found = importance_in(query, key, scale, tokens, votes, causal, lse)
             if self.on_importance is not None:
                 self.on_importance(tower.name, layer, tokens, found)
             if leaves:
@@ -288,18 +287,30 @@ class TokenFlow:
 
 
 def importance_in(
-    query: Tensor, key: Tensor, scale: float, tokens: Tokens, votes: Tensor | None, causal: bool
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    tokens: Tokens,
+    votes: Tensor | None,
+    causal: bool,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """[B, T]: what tokens are worth by one block's attention, among those that are there and ask."""
-    there = None if tokens.whole and tokens.mask is None else tokens.alive & tokens.asks
-    added = None
-    if there is not None:
-        added = torch.zeros(there.shape, dtype=query.dtype, device=query.device).masked_fill_(~there, -torch.inf)
-        added = added[:, None, None].expand(-1, -1, query.shape[2], -1)
-    copies = query.shape[1] // key.shape[1]
-    lse = log_sum_exp(query, key.repeat_interleave(copies, 1) if copies > 1 else key, scale, causal, added)
+    """[B, T]: what tokens are worth by one block's attention as it runs, where those that fade count less.
+
+    lse  [B, H, T] of that attention, of queries that ask; None: to be computed
+    """
+    weights = None
+    if not tokens.whole or tokens.mask is not None:
+        weights = (tokens.valid.float() if tokens.mask is None else tokens.mask) * tokens.asks
+    if lse is None:
+        added = None
+        if weights is not None:
+            added = weights.log().to(query.dtype)[:, None, None].expand(-1, -1, query.shape[2], -1)
+        copies = query.shape[1] // key.shape[1]
+        lse = log_sum_exp(query, key.repeat_interleave(copies, 1) if copies > 1 else key, scale, causal, added)
+    asks = None if weights is None else weights > 0
     return token_importance(
-        query, key, lse, head_mask=votes, query_mask=there, key_mask=there, causal=causal, scale=scale
+        query, key, lse, head_mask=votes, query_mask=asks, key_weight=weights, causal=causal, scale=scale
     )
 
 

@@ -57,8 +57,8 @@ class _Seen:
 class Validation:
     """Judges a model under its masks; what counts less does not count here.
 
-    masks       installed, and as yet empty: what is counted at first is the dense model
-    dense       FLOPs of one sample of that
+    masks  installed, and as yet empty
+    dense  what was measured at first: the whole model
 
     Raises ValueError for data that the objective cannot use, and an accuracy that is not finite.
     """
@@ -71,7 +71,7 @@ class Validation:
         self._embedded: dict[str, Tensor] = {}  # outputs of the two towers of a dual encoder, when last measured
         self._load = Load()
         self._rest = self._around_blocks(inputs_of(self.anatomy, objective, data.subset(1), 1))
-        self.dense = self.now().flops
+        self.dense = self.now()
 
     def total(self, kept: dict[Unit, int], load: Load) -> float:
         """FLOPs of one sample: of the blocks by their shapes, and of what lies around them, which does not change."""
@@ -98,7 +98,7 @@ class Validation:
         """
         dual = len(self.inputs) > 1
         if dual and len(set(towers)) > 1:
-            return [self._whole(context) for context in contexts]
+            return [self.within(context) for context in contexts]
         first = next(name for name in self.anatomy.towers if name in towers)
         source = first if dual else next(iter(self.inputs))
         every = [_Seen() for _ in contexts]
@@ -129,7 +129,8 @@ class Validation:
             (_, found) = next(iter(replay.walk(changes, finish=False)))
         return [self._judged(source, output, seen) for output, seen in zip(found, every, strict=True)]
 
-    def _whole(self, context: Context) -> Measured:
+    def within(self, context: Context) -> Measured:
+        """The model within a context, by a run of all of it."""
         embedded, load = self._embedded, self._load
         try:
             with context():

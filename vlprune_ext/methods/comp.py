@@ -8,8 +8,7 @@ Equation numbers are the paper's; what the paper leaves open, and is ours, is ma
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -147,24 +146,15 @@ class CoMP(TrainerCallback, ExportableState):
         """
         if self.train:
             raise ValueError("train: True, expected False for a plan at once; give a Trainer this callback to train")
-        with self._at_work(model, self.validation or data) as run:
+        run = self._begin(model, self.validation or data)
+        goal = round(1000 * (1 - self.flops))
+        try:
             while run.open_stage():
                 run.soften(0.0)
                 run.close_stage(step=len(self.history))
                 if progress is not None:
-                    saved = 1 - run.now.flops / run.dense
-                    progress(
-                        min(round(1000 * saved), round(1000 * (1 - self.flops))),
-                        round(1000 * (1 - self.flops)),
-                        "saved",
-                    )
+                    progress(min(round(1000 * (1 - run.now.flops / run.dense)), goal), goal, "saved")
             return run.plan()
-
-    @contextmanager
-    def _at_work(self, model: nn.Module, validation: Data | None) -> Iterator[Stages]:
-        run = self._begin(model, validation)
-        try:
-            yield run
         finally:
             self.detach()
 

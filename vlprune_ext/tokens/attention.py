@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,6 +27,8 @@ from ..patch import Patches
 # back only, and no mask says so.
 Advice = Callable[[Callable, Tensor, Tensor, Tensor, Tensor | None, bool], Any]
 Watcher = Callable[[Tensor, Tensor, float], None]  # query, key, scale
+# query, key, scale, and the log-sum-exp [B, H, Tq] of their scores as they were weighed; None where it is not known.
+LseWatcher = Callable[[Tensor, Tensor, float, Tensor | None], None]
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------
@@ -96,25 +100,32 @@ def watch(patches: Patches, site: Site, watcher: Watcher) -> None:
     patches.hook(site.inputs[1], second)
 
 
-def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None]) -> None:
+def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None], watcher: LseWatcher | None = None) -> None:
     """Let each key of an attention count ``weight()`` [B, Tk] times, from not at all on; None: once.
 
-    A query that sees no key that counts gets finite values that mean nothing.
+    A query that sees no key that counts gets finite values that mean nothing. ``watcher`` is shown what met, with the
+    log-sum-exp that the attention computed anyway, where it did.
 
     Raises ValueError, when the attention runs, for flash attention, which takes no such weights.
     """
     attention = site.attention
     if site.paths.interface:
+        of_scale = attention.scaling if hasattr(attention, "scaling") else attention.scale
 
         def heavier(
             attend: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
         ) -> Any:
             times = weight()
-            if times is None:
+            if times is not None:
+                if "flash" in attention.config._attn_implementation:
+                    raise ValueError('attention weighs its tokens; expected a model with attn_implementation="sdpa"')
+                mask = _heavier(mask, times, query, causal)
+            if watcher is None:
                 return attend(query, key, value, mask)
-            if "flash" in attention.config._attn_implementation:
-                raise ValueError('attention weighs its tokens; expected a model with attn_implementation="sdpa"')
-            return attend(query, key, value, _heavier(mask, times, query, causal))
+            with _KeepLse() as kept:
+                output = attend(query, key, value, mask)
+            watcher(query, key, of_scale, kept.lse)
+            return output
 
         _around(patches, attention, heavier)
         return
@@ -128,8 +139,17 @@ def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None]) -> 
             return args, {**kwargs, name: _heavier(kwargs.get(name), times, args[0], causal=False)}
 
         patches.pre_hook(attention, enter, with_kwargs=True)
+        if watcher is not None:
+            watch(patches, site, lambda query, key, scale: watcher(query, key, scale, None))
         return
-    original = attention.forward
+    original, of_scale = attention.forward, site.width**-0.5
+    if watcher is not None:
+
+        def plainly(query: Tensor, key: Tensor, scale: float) -> None:
+            if weight() is None:
+                watcher(query, key, scale, None)
+
+        watch(patches, site, plainly)
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         times = weight()
@@ -138,10 +158,43 @@ def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None]) -> 
         query, key, value = _heads(site.inputs[0](hidden_states), 3 * site.units).chunk(3, 1)
         dropout = attention.dropout.p if attention.training else 0.0
         added = _heavier(None, times, query, causal=False)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout)
+        with _KeepLse() as kept:
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout)
+        if watcher is not None:
+            watcher(query, key, of_scale, kept.lse)
         return site.out(context.transpose(1, 2).flatten(2)), None
 
     patches.forward(attention, forward)
+
+
+class _KeepLse(TorchFunctionMode):
+    """While it is on, ``lse`` is that of the latest attention, which runs as ever.
+
+    Only of torch's flash attention on a CPU, for heads that are not grouped; else it is None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lse: Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any):
+        grouped, mask = kwargs.get("enable_gqa", False), attn_mask
+        if query.device.type == "cpu" and not grouped:
+            chosen = torch._fused_sdp_choice(query, key, value, attn_mask=mask, **kwargs)
+            if chosen == SDPBackend.FLASH_ATTENTION.value:
+                if mask is not None and mask.dtype == torch.bool:
+                    mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+                kwargs.pop("enable_gqa", None)
+                output, self.lse = flash(query, key, value, attn_mask=mask, **kwargs)
+                return output
+        self.lse = None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **kwargs)
 
 
 def _heavier(mask: Tensor | None, times: Tensor, query: Tensor, causal: bool) -> Tensor:
