@@ -32,6 +32,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "CoMP, greedy": {"rho": 0.0, "history_weight": 0.0},
     "CoMP, no exploration": {"rho": 0.0},
     "CoMP, no history": {"history_weight": 0.0},
+    "CoMP, judged when trained": {"judged": "trained"},
 }
 NAMES = {method.__name__: method for method in COLLABORATIVE.values()}
 STEPS, INTERVAL, BATCH, RATE = 200, 10, 32, 3e-4
