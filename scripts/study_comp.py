@@ -1,6 +1,6 @@
 """What pruning parameters and tokens together is worth: the zoo's models, trained while they are pruned.
 
-    python scripts/study_comp.py --out results.jsonl [--shard 0/2] [--models blip-digits] [--seeds 0 1] [--keep folder]
+    python scripts/study_comp.py --out results.jsonl [--shard 0/2] [--models blip-digits] [--methods CoMP] [--keep folder]
     python scripts/study_comp.py --out results.jsonl --table
 
 Every method trains for the same number of steps on the same scenes of a seed, from the shipped model. Modes are chosen
@@ -32,6 +32,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "CoMP, greedy": {"rho": 0.0, "history_weight": 0.0},
     "CoMP, no exploration": {"rho": 0.0},
     "CoMP, no history": {"history_weight": 0.0},
+    "CoMP, exploring by pruning": {"explore": "prune"},
     "CoMP, judged when trained": {"judged": "trained"},
 }
 NAMES = {method.__name__: method for method in COLLABORATIVE.values()}
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SOURCES), choices=list(SOURCES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cuts", type=float, nargs="+", help="only these")
+    parser.add_argument("--methods", nargs="+", choices=[*NAMES, *ABLATIONS], help="only these")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th on")
     parser.add_argument("--keep", type=Path, help="save the pruned models here")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there and stop")
@@ -163,7 +165,11 @@ def main() -> None:
         return
     place, count = map(int, given.shard.split("/"))
     for number, job in enumerate(jobs(given.seeds)):
-        wanted = job.model in given.models and (given.cuts is None or job.cut in given.cuts)
+        wanted = (
+            job.model in given.models
+            and (given.cuts is None or job.cut in given.cuts)
+            and (given.methods is None or job.method in given.methods)
+        )
         done = any(all(row[key] == value for key, value in job._asdict().items()) for row in read(given.out))
         if number % count != place or not wanted or done:
             continue

@@ -36,6 +36,7 @@ def entry(stage: int, mode: str, explored: bool = False, **changed) -> dict:
         "closed": 1000 * (stage + 1),
         "mode": mode,
         "explored": explored,
+        "declined": None,
         "costs": FIRST,
         "waited": {**dict.fromkeys(FIRST, 1), mode: 1 + stage},
         "threshold": -1.25,
@@ -112,6 +113,12 @@ def test_facts_hold_fields_only(record):
     assert {"name", "flops", "rho", "interval"} <= set(named)
     assert not {"history", "reached"} & set(named)
     assert "waited" not in facts
+
+
+def test_what_was_explored_and_found_too_dear(record):
+    record.plan.method["history"] = [entry(0, "vision parameters", declined={"mode": "vision tokens", "cost": 1.5})]
+    why = rows(render(record))[0][3]
+    assert why == "cheapest: R 0.25; explored vision tokens, which would cost 1.5"
 
 
 def test_plans_of_tokens_only(record, charts):

@@ -70,6 +70,23 @@ def test_history_fades(waited):
     assert strategy.waited == {MODES[0]: 1, MODES[1]: 2, MODES[2]: 2}
 
 
+@pytest.mark.parametrize("waited", range(1, 9))
+def test_a_look_without_pruning(waited):
+    """R is what a stage would have made it; waiting starts anew, and the stage goes on."""
+    strategy, pruned = measured(), measured()
+    strategy.waited[MODES[0]] = pruned.waited[MODES[0]] = waited
+    expected = strategy.blended(MODES[0], 0.7)
+    assert strategy.costs[MODES[0]] == 0.3
+    strategy.remember(MODES[0], 0.7)
+    pruned.update(MODES[0], 0.7)
+    assert strategy.costs == pruned.costs
+    assert strategy.costs[MODES[0]] == expected
+    assert strategy.stage == 0
+    strategy.update(MODES[1], 0.2)
+    assert strategy.waited == {MODES[0]: 1, MODES[1]: 1, MODES[2]: 2}
+    assert strategy.stage == 1
+
+
 def test_the_first_measurement_counts_whole():
     strategy = ModeStrategy(MODES)
     assert strategy.unmeasured() == list(MODES)

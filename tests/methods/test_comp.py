@@ -132,6 +132,50 @@ def test_greedy_takes_the_cheapest(task):
         assert entry["costs"][entry["mode"]] == min(entry["costs"].values())
 
 
+def test_exploring_by_measuring(task):
+    """A mode that is drawn is pruned only where no other is cheaper; what was found out about it is remembered."""
+    model, data, _ = task("blip-digits")
+    method = vp.CoMP(flops=0.7, train=False, step=0.1, rho=1.0, seed=1)
+    method.plan(model, data)
+    declined = [entry for entry in method.history if entry["declined"] is not None]
+    assert declined
+    for entry in declined:
+        assert not entry["explored"]
+        assert entry["mode"] != entry["declined"]["mode"]
+        assert entry["waited"][entry["declined"]["mode"]] == 0
+        assert entry["costs"][entry["mode"]] <= entry["costs"][entry["declined"]["mode"]]
+    kept = [entry for entry in method.history if entry["explored"]]
+    assert len(kept) + len(declined) == len(method.history)
+
+
+def test_a_mode_that_was_declined_is_as_it_was(task):
+    """Measured, withdrawn: threshold, masks and what is left are those of before."""
+    model, data, _ = task("blip-digits")
+    method = vp.CoMP(flops=0.7, train=False, step=0.1, rho=1.0, seed=1)
+    run = method._begin(model, data)
+    try:
+        while not (run.entry and run.entry["declined"]):
+            if run.mode is not None:
+                run.close_stage(0)
+            before = {name: mode.state() for name, mode in run.modes.items()}
+            assert run.open_stage()
+        mode = run.modes[run.entry["declined"]["mode"]]
+        assert {**mode.state(), "capacity": 0} == {**before[mode.name], "capacity": 0}
+        run.mode.withdraw()
+        assert run.validation.now().accuracy == run.now.accuracy
+    finally:
+        method.detach()
+
+
+@pytest.mark.parametrize("explore", ["measure", "prune"])
+def test_explored_whatever_it_costs(task, explore):
+    model, data, _ = task("blip-digits")
+    method = vp.CoMP(flops=0.8, train=False, step=0.08, rho=1.0, seed=1, explore=explore)
+    method.plan(model, data)
+    dear = [e for e in method.history if e["explored"] and e["cost"] > min(e["costs"].values()) + 1e-9]
+    assert bool(dear) == (explore == "prune")
+
+
 def test_fixed_numbers_of_tokens(task):
     """tokens="keep": every image keeps the same number, near the mean of what thresholds kept."""
     model, data, _ = task("clip-digits")
@@ -333,6 +377,7 @@ def test_one_modality():
         ("interval: 0, expected at least 1", {"interval": 0}),
         ("tokens: 'some', expected one of threshold, keep", {"tokens": "some"}),
         ("judged: 'later', expected one of raised, trained", {"judged": "later"}),
+        ("explore: 'never', expected one of measure, prune", {"explore": "never"}),
         (r"modes: \('bits',\), expected some of vision parameters", {"modes": ("bits",)}),
         ("rho is 2.0", {"rho": 2.0}),
         ("objective: 'speed', expected one of", {"objective": "speed"}),

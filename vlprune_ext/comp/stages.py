@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,23 @@ COLLABORATIVE = (
     "language tokens",
 )
 CLOSE = 0.005  # of the dense model's FLOPs: so near to the target counts as there [ours]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The mode of a stage, its threshold raised.
+
+    saves     FLOPs
+    explored  it was drawn, whatever it costs
+    raised    what comes of that, where it was measured already
+    declined  {"mode", "cost"} that was drawn instead, measured, and found too dear
+    """
+
+    mode: Mode
+    saves: float
+    explored: bool
+    raised: Measured | None = None
+    declined: dict[str, Any] | None = None
 
 
 class Stages:
@@ -88,36 +105,56 @@ class Stages:
         found = self._examine()
         if not self.strategy.costs:
             self._measure_all(found)
-        while True:
-            among = [name for name in self.modes if name not in self.exhausted]
-            if not among:
-                raise ValueError(
-                    f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
-                    " more"
-                )
-            spent = (self.dense - self.now.flops) / (self.dense - self.target)
-            chosen, explored = self.method.choose(self.strategy, among, spent)
-            mode = self.modes[chosen]
-            saves = mode.raise_threshold(found, self._budget(), self._goal())
-            if saves > 0:
-                break
-            self.exhausted.append(chosen)
-        self.mode, self.opened, self.planned = mode, step, saves / self.dense
+        choice = self._choose(found)
+        self.mode, self.opened, self.planned = choice.mode, step, choice.saves / self.dense
         self.entry = {
             "stage": len(self.method.history),
             "step": step,
-            "mode": chosen,
-            "explored": explored,
+            "mode": choice.mode.name,
+            "explored": choice.explored,
+            "declined": choice.declined,
             "costs": dict(self.strategy.costs),
             "waited": dict(self.strategy.waited),
-            "threshold": mode.threshold,
+            "threshold": choice.mode.threshold,
         }
         if self.method.judged == "raised":
-            mode.soften(0.0)
-            (measured,) = self.validation.trials(mode.towers(), [nullcontext])
-            self._learn(mode, measured)
+            self._learn(choice.mode, choice.raised or self._raised(choice.mode))
         self._agree()
         return True
+
+    def _choose(self, found: Findings, declined: dict[str, Any] | None = None) -> _Choice:
+        """Raise the threshold of the mode that is next; after one that was ``declined``, of the cheapest."""
+        among = [name for name in self.modes if name not in self.exhausted]
+        if not among:
+            raise ValueError(
+                f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
+                " more"
+            )
+        chosen, explored = self.strategy.cheapest(among), False
+        if declined is None:
+            spent = (self.dense - self.now.flops) / (self.dense - self.target)
+            chosen, explored = self.method.choose(self.strategy, among, spent)
+        mode = self.modes[chosen]
+        saves = mode.raise_threshold(found, self._budget(), self._goal())
+        if saves <= 0:
+            self.exhausted.append(chosen)
+            return self._choose(found, declined)
+        if not explored or self.method.explore == "prune":
+            return _Choice(mode, saves, explored, declined=declined)
+        raised = self._raised(mode)
+        paid = self._cost(self.now, raised, saves / self.dense)
+        others = [self.strategy.costs[name] for name in among if name != chosen]
+        if self.strategy.blended(chosen, paid) <= min(others, default=math.inf):
+            return _Choice(mode, saves, explored, raised=raised)
+        self.strategy.remember(chosen, paid)
+        mode.withdraw()
+        return self._choose(found, {"mode": chosen, "cost": paid})
+
+    def _raised(self, mode: Mode) -> Measured:
+        """The model with all that a raised threshold passes gone at once, by replay."""
+        mode.soften(0.0)
+        (measured,) = self.validation.trials(mode.towers(), [nullcontext])
+        return measured
 
     def soften(self, counts: float) -> None:
         """What the open stage takes away counts so much."""

@@ -37,7 +37,7 @@ class ModeStrategy:
     seed       of the exploration: the same seed, the same choices, however often the run is interrupted
 
     costs      mode -> R; a mode without has to be measured first
-    waited     mode -> I, stages since it was chosen last
+    waited     mode -> I, stages since its cost was last measured
     stage      how many stages there have been
     """
 
@@ -90,20 +90,35 @@ class ModeStrategy:
         if draw.random() < self.rho:
             chances = self.exploration(names)
             return draw.choices(names, [chances[mode] for mode in names])[0], True
-        return min(names, key=lambda mode: self.costs[mode]), False
+        return self.cheapest(names), False
 
-    def update(self, mode: str, measured: float) -> None:
-        """What pruning ``mode`` in this stage cost, eq. (10): the longer ago the last time, the less that counts."""
+    def cheapest(self, among: Sequence[str]) -> str:
+        """The mode of least cost, the first of those that are alike."""
+        return min(among, key=lambda mode: self.costs[mode])
+
+    def blended(self, mode: str, measured: float) -> float:
+        """R of a mode that is found to cost ``measured``, eq. (10): the longer ago the last time, the less that counts.
+
+        Raises ValueError for a mode that it does not know, and a cost that is not finite.
+        """
         if mode not in self.modes:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(self.modes)}")
         if not math.isfinite(measured):
             raise ValueError(f"measured is {measured}; expected a finite number")
         before = self.costs.get(mode)
         weight = max(self.history - self.history / self.horizon * (self.waited[mode] - 1), 0.0)
-        self.costs[mode] = measured if before is None else weight * before + (1 - weight) * measured
+        return measured if before is None else weight * before + (1 - weight) * measured
+
+    def remember(self, mode: str, measured: float) -> None:
+        """What pruning ``mode`` would cost by now."""
+        self.costs[mode] = self.blended(mode, measured)
+        self.waited[mode] = 0
+
+    def update(self, mode: str, measured: float) -> None:
+        """What pruning ``mode`` in this stage cost; the stage is over."""
+        self.remember(mode, measured)
         for name in self.modes:
             self.waited[name] += 1
-        self.waited[mode] = 1
         self.stage += 1
 
     def as_dict(self) -> dict[str, Any]:

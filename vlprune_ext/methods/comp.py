@@ -28,6 +28,7 @@ from ..surgery import apply
 
 TOKENS = ("threshold", "keep")
 JUDGED = ("raised", "trained")
+EXPLORE = ("measure", "prune")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,6 +55,8 @@ class CoMP(TrainerCallback, ExportableState):
     judged      when the accuracy after a stage is measured, eq. (8): "raised", with all that goes gone at once and
                 nothing trained yet, so that a mode answers for what it did and nothing else; or "trained", when the
                 stage is over [ours: the paper does not say]
+    explore     what becomes of a mode that is explored: "prune", as in the paper; or "measure", by replay, and it is
+                pruned only if it has become the cheapest [ours]
     rho, tau    probability of exploring, and its temperature in stages, eq. (9); rho=0: greedy
     history_weight, horizon  l0 and I_max of eq. (10); history_weight=0: only the last cost counts
     cip         tokens weigh activations, eq. (4); False: they all count alike, eq. (3)
@@ -72,6 +75,7 @@ class CoMP(TrainerCallback, ExportableState):
     interval: int = 100
     step: float = 0.05
     judged: str = "raised"
+    explore: str = "measure"
     rho: float = 0.2
     tau: float = 5.0
     history_weight: float = 0.4
@@ -91,7 +95,7 @@ class CoMP(TrainerCallback, ExportableState):
         for name in ("interval", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        for name, known in (("tokens", TOKENS), ("judged", JUDGED)):
+        for name, known in (("tokens", TOKENS), ("judged", JUDGED), ("explore", EXPLORE)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {', '.join(known)}")
         unknown = [name for name in self.modes or () if name not in MODES]
