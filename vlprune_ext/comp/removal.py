@@ -168,10 +168,10 @@ class TokenRemoval(TokenFlow):
             if tokens.mask is not before:
                 tokens, picked = _taken_out(tokens)
                 self._set(tower.name, tokens)
-                if self.pruning is not None and self.pruning.tower == tower.name:
-                    assert tokens.index is not None
-                    self.pruning.note(layer + 1, tokens.index, tokens.valid)
-                output = ops.compact_tokens(picked, [output])[0]
+                pruning = self.pruning
+                if pruning is not None and pruning.tower == tower.name and tokens.index is not None:
+                    pruning.note(layer + 1, tokens.index, tokens.valid)
+                output = output if picked is None else ops.compact_tokens(picked, [output])[0]
             if tokens.index is not None and layer == tower.depth - 1:
                 return _whole(tokens, output)
             return output if tokens.index is not None else None
@@ -179,19 +179,24 @@ class TokenRemoval(TokenFlow):
         return take_out
 
 
-def _taken_out(tokens: Tokens) -> tuple[Tokens, Tensor]:
-    """The tokens that are alive, and which of all these are, [B, K]; fillers where a sample has fewer."""
+def _taken_out(tokens: Tokens) -> tuple[Tokens, Tensor | None]:
+    """The tokens that are alive, and which of all these are, [B, K]; fillers where a sample has fewer.
+
+    None in place of these where a sample has kept all: nothing would be smaller.
+    """
     alive = tokens.alive
     counts = alive.sum(1).tolist()
-    picked = ops.select_tokens(alive.float(), max(counts))
-    places = torch.arange(tokens.length, device=alive.device).expand(alive.shape[0], -1)
-    places = places if tokens.index is None else tokens.index
-    valid, free, asks, places = ops.compact_tokens(picked, [alive, tokens.free, tokens.asks, places.contiguous()])
-    full = min(counts) == max(counts)
-    left = replace(
-        tokens, valid=valid, free=free & valid, asks=asks & valid, whole=full, mask=None if full else valid.float()
-    )
-    return replace(left, index=places), picked
+    least, most, length = min(counts), max(counts), alive.shape[1]
+    if least == length:
+        return replace(tokens, whole=True, mask=None), None
+    valid, free, asks, places, picked = alive, tokens.free, tokens.asks, tokens.index, None
+    if places is None:
+        places = torch.arange(tokens.length, device=alive.device).expand(alive.shape[0], -1).contiguous()
+    if most < length:
+        picked = ops.select_tokens(alive.float(), most)
+        valid, free, asks, places = ops.compact_tokens(picked, [valid, free, asks, places])
+    mask = None if least == most else valid.float()
+    return replace(tokens, valid=valid, free=free, asks=asks, whole=mask is None, mask=mask, index=places), picked
 
 
 def _whole(tokens: Tokens, output: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ class Threshold:
             stays = worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < left[:, None]
             return (stays | ~free).float()
         counts = torch.ones_like(importance)
-        counts[worth <= self.going] = self.soft
-        counts[worth <= self.gone] = 0.0
+        if self.going > self.gone:
+            counts.masked_fill_(worth <= self.going, self.soft)
+        counts.masked_fill_(worth <= self.gone, 0.0)
         best = worth == worth.amax(1, keepdim=True)
         return counts.masked_fill(best | ~free, 1.0)
 
