@@ -1,6 +1,6 @@
 """What pruning parameters and tokens together is worth: the zoo's models, trained while they are pruned.
 
-    python scripts/study_comp.py --out results.jsonl [--shard 0/2] [--models blip-digits] [--methods CoMP] [--keep folder]
+    python scripts/study_comp.py --out results.jsonl [--shard 0/2] [--models blip-digits] [--methods CoMP] [--keep dir]
     python scripts/study_comp.py --out results.jsonl --table
 
 Every method trains for the same number of steps on the same scenes of a seed, from the shipped model. Modes are chosen

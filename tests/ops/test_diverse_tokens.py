@@ -9,7 +9,7 @@ import torch
 from ops.pruning import INF, ISAS, NAN
 
 from vlprune_ext import _native, ops, reference
-from vlprune_ext.ops import token
+from vlprune_ext.ops import selection
 
 # B, T, d: about the tiles of either device, and chunks of depth
 SHAPES = [
@@ -248,7 +248,7 @@ def test_samples_in_several_parts(monkeypatch, dtype, device):
     keep, candidate = torch.arange(7, device=device) * 5, some_candidates(x)
     expected = ops.diverse_tokens(x, keep, candidate=candidate), ops.diverse_tokens(x, 20)
     for count in (0, 1, 2, 3, 6):
-        monkeypatch.setattr(token, "_GRAM_BYTES", 4 * 60**2 * count)
+        monkeypatch.setattr(selection, "_GRAM_BYTES", 4 * 60**2 * count)
         assert torch.equal(ops.diverse_tokens(x, keep, candidate=candidate), expected[0])
         assert torch.equal(ops.diverse_tokens(x, 20), expected[1])
 

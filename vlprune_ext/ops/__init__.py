@@ -1,15 +1,10 @@
 """The kernels as functions of tensors, on CPU or CUDA. Each is a torch op, too: ``torch.ops.vlprune.<name>``."""
 
 from .ablation import leave_one_out, retrieval_rank
+from .attention import attention_importance
+from .compaction import compact_tokens, match_tokens, merge_tokens
 from .layerwise import column_norm_sq_, nm_mask, perturb, prune_nm_, prune_smallest_, share_smallest, smallest_mask
-from .token import (
-    attention_importance,
-    compact_tokens,
-    diverse_tokens,
-    match_tokens,
-    merge_tokens,
-    select_tokens,
-)
+from .selection import diverse_tokens, select_tokens
 
 __all__ = [
     "attention_importance",

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .checks import check_tensors, expect_int, expect_tensors, may_read, rows, shape
+from .checks import INT32_MAX, check_tensors, expect_int, expect_tensors, may_read, rows, shape
 
 __all__ = ["leave_one_out", "retrieval_rank"]
 
 _library = torch.library.Library("vlprune", "FRAGMENT")
 _library.define("leave_one_out(Tensor x, Tensor weight, Tensor base, SymInt group_size, int[]? groups=None) -> Tensor")
 _library.define("retrieval_rank(Tensor query, Tensor gallery, Tensor positives) -> Tensor")
-
-_INT32_MAX = 2**31 - 1
 
 
 # ---- leave_one_out --------------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def _retrieval_rank_out(
         raise ValueError(f"query has shape {shape(query)}; expected embeddings of at least one number")
     if gallery.shape[-1] != d:
         raise ValueError(f"gallery has shape {shape(gallery)}; expected embeddings of size {d} as query's")
-    if not 1 <= gallery.shape[-2] <= _INT32_MAX:
+    if not 1 <= gallery.shape[-2] <= INT32_MAX:
         raise ValueError(f"gallery has shape {shape(gallery)}; expected between 1 and 2**31 - 1 items")
     variants = query.shape[0] if query.dim() == 3 else 1
     if gallery.dim() == 3 and gallery.shape[0] != 1 and gallery.shape[0] != variants:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import _native
 
+INT32_MAX = 2**31 - 1
+
 
 def shape(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
@@ -42,6 +44,19 @@ def check_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {reference.dtype} as {first}")
         if tensor.device != reference.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {reference.device} as {first}")
+
+
+def check_beside(
+    name: str, tensor: Tensor, dtype: torch.dtype, shapes: list[list[int]], what: str, of: str, other: Tensor
+) -> None:
+    expect_tensors(**{name: tensor})
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {str(dtype).removeprefix('torch.')}")
+    if list(tensor.shape) not in shapes:
+        expected = " or ".join(str(sizes) for sizes in shapes)
+        raise ValueError(f"{name} has shape {shape(tensor)}; expected {expected}, {what}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {other.device} as {of}")
 
 
 def rows(tensor: Tensor) -> Tensor:

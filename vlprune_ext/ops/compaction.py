@@ -1,5 +1,4 @@
-"""Ops for token pruning: which tokens the others attend to, which to keep, where the others may merge into, and a
-layer's state without them.
+"""Ops that take tokens out of a layer's whole state, with those that leave dropped or merged into the others.
 
 For each op: the schema, one function that checks the arguments and allocates the output (it is the fake, too), the
 implementation, and the public function.
@@ -15,405 +14,25 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .checks import check_tensors, expect_int, expect_tensors, rows, shape
+from .checks import INT32_MAX, check_beside, check_tensors, expect_int, expect_tensors, rows, shape
 
 __all__ = [
-    "attention_importance",
     "compact_tokens",
-    "diverse_tokens",
     "match_tokens",
     "merge_tokens",
-    "select_tokens",
 ]
 
 _library = torch.library.Library("vlprune", "FRAGMENT")
-_library.define(
-    "attention_importance(Tensor q, Tensor k, Tensor lse, Tensor? head_weight, Tensor? query_weight, str reduce,"
-    " bool causal, Tensor? key_mask, float scale) -> Tensor"
-)
-_library.define("select_tokens(Tensor score, SymInt keep, Tensor? protected=None) -> Tensor")
-_library.define("diverse_tokens(Tensor x, SymInt keep, Tensor? keep_of_sample=None, Tensor? candidate=None) -> Tensor")
 _library.define("compact_tokens(Tensor index, Tensor[] tensors, int[]? dims) -> Tensor[]")
 _library.define("match_tokens(Tensor key, Tensor target, Tensor? source=None) -> (Tensor, Tensor)")
 _library.define(
     "merge_tokens(Tensor index, Tensor match, Tensor[] tensors, Tensor? size, int[]? dims) -> (Tensor[], Tensor)"
 )
 
-REDUCTIONS = ("sum", "max")
-_CPU_QUERIES = 144  # of a part: a packed block of keys pays for itself
-_CUDA_KEYS, _CUDA_QUERIES = 128, {"sum": 128, "max": 64}  # of a tile
-_CUDA_BLOCKS = 1024  # of a sample: about four for every place on a large GPU
-_CUDA_STEPS = {"sum": 2, "max": 1}  # of a block at least, so that loads and sums overlap
 _CUDA_DEPTH = 8  # gathered keys are padded to a multiple of it
-_GRAM_BYTES = 256 << 20  # of some samples at a time, or of one that is larger
-_INT32_MAX = 2**31 - 1
 
 
-def _check_beside(
-    name: str, tensor: Tensor, dtype: torch.dtype, shapes: list[list[int]], what: str, of: str, other: Tensor
-) -> None:
-    expect_tensors(**{name: tensor})
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {str(dtype).removeprefix('torch.')}")
-    if list(tensor.shape) not in shapes:
-        expected = " or ".join(str(sizes) for sizes in shapes)
-        raise ValueError(f"{name} has shape {shape(tensor)}; expected {expected}, {what}")
-    if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {other.device} as {of}")
-
-
-# ---- attention_importance -------------------------------------------------------------------------------------------
-
-
-def _attention_importance_out(
-    q: Tensor,  # [B, H, Tq, d]
-    k: Tensor,  # [B, Hkv, Tk, d]
-    lse: Tensor,  # [B, H, Tq] fp32
-    head_weight: Tensor | None,  # [B or 1, H] fp32
-    query_weight: Tensor | None,  # [B, Tq] fp32
-    reduce: str,
-    causal: bool,
-    key_mask: Tensor | None,  # [B, Tk] bool
-    scale: float,
-) -> Tensor:  # [B, Tk] fp32, not filled
-    check_tensors(q=q, k=k)
-    for name, tensor, expected in (("q", q, "[B, H, Tq, d]"), ("k", k, "[B, Hkv, Tk, d]")):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} has shape {shape(tensor)}; expected four dimensions {expected}")
-    b, h, tq, d = q.shape
-    _, hkv, tk, _ = k.shape
-    if h < 1 or d < 1:
-        raise ValueError(f"q has shape {shape(q)}; expected at least one head of at least one number")
-    if k.shape[0] != b or k.shape[3] != d:
-        raise ValueError(f"k has shape {shape(k)}; expected [{b}, Hkv, Tk, {d}], the batch and head size of q")
-    if hkv < 1 or h % hkv != 0:
-        raise ValueError(f"k has shape {shape(k)}; expected a number of heads that divides q's {h}")
-    _check_beside("lse", lse, torch.float32, [[b, h, tq]], "one for each row of q", "q", q)
-    if head_weight is not None:
-        _check_beside("head_weight", head_weight, torch.float32, [[b, h], [1, h]], "the heads of q", "q", q)
-    if query_weight is not None:
-        _check_beside("query_weight", query_weight, torch.float32, [[b, tq]], "the queries", "q", q)
-    if key_mask is not None:
-        _check_beside("key_mask", key_mask, torch.bool, [[b, tk]], "the keys", "q", q)
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce is {reduce!r}; expected 'sum' or 'max'")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; expected a finite number")
-    return q.new_empty((b, tk), dtype=torch.float32)
-
-
-def _parts(q: Tensor, k: Tensor, reduce: str) -> int:
-    """Into how many parts the queries are split (for a sum on CUDA: the queries of all heads).
-
-    By the shapes of one sample only, so that its sums are the same beside any other.
-    """
-    h, tq, tk = q.shape[1], q.shape[2], k.shape[2]
-    if tq <= _native.FEW_QUERIES:
-        return 1
-    if q.device.type == "cpu":
-        return -(-tq // _CPU_QUERIES)
-    steps = -(-tq // _CUDA_QUERIES[reduce]) * (h if reduce == "sum" else 1)
-    of_a_block = max(_CUDA_STEPS[reduce], -(-steps * -(-tk // _CUDA_KEYS) // _CUDA_BLOCKS))
-    return -(-steps // of_a_block)
-
-
-def _attention_importance(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    head_weight: Tensor | None,
-    query_weight: Tensor | None,
-    reduce: str,
-    causal: bool,
-    key_mask: Tensor | None,
-    scale: float,
-) -> Tensor:
-    out = _attention_importance_out(q, k, lse, head_weight, query_weight, reduce, causal, key_mask, scale)
-    if q.shape[2] == 0:
-        return out.zero_()
-    parts = _parts(q, k, reduce)
-    partial = out[None] if parts == 1 else out.new_empty((parts, *out.shape))
-    _native.attention_importance(
-        rows(q),
-        rows(k),
-        lse.contiguous(),
-        None if head_weight is None else head_weight.contiguous(),
-        None if query_weight is None else query_weight.contiguous(),
-        None if key_mask is None else key_mask.contiguous(),
-        partial,
-        out,
-        scale,
-        reduce == "max",
-        causal,
-    )
-    return out
-
-
-def attention_importance(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    head_weight: Tensor | None = None,
-    query_weight: Tensor | None = None,
-    reduce: str = "sum",
-    causal: bool = False,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """The attention that each key receives: ``out_bj = sum_i query_weight_bi R_h(head_weight_h p_bhij)``, R sum or max.
-
-    p is the attention's softmax, computed again from q, k and the log-sum-exp that flash attention returns:
-    ``p_bhij = exp(scale <q_bhi, k_bhj> - lse_bhi)``. No map is stored; memory beyond the result is O(Tk). The mean over
-    heads of a last row ranks the visual tokens of FastV (arXiv 2403.06764, section 4.1); query_weight picks the rows
-    that ask. No gradient.
-
-    Parameters
-    ----------
-    q : [B, H, Tq, d], fp32/fp16/bf16
-        Queries, after any rotation. Any strides; a last dimension that is not contiguous is copied.
-    k : [B, Hkv, Tk, d], dtype of q
-        Keys, likewise. Hkv divides H; query head h reads key head ``h // (H / Hkv)``.
-    lse : [B, H, Tq], fp32
-        The natural logarithm of each row's sum of exponentials, of the same masking. -inf says that a row saw no key:
-        it gives nothing. p is not normalised again.
-    head_weight : [B or 1, H], fp32, optional
-        All 1 by default. May be negative: the maximum is that of the weighted values.
-    query_weight : [B, Tq], fp32, optional
-        All 1 by default.
-    reduce : "sum" or "max"
-        R, over the heads.
-    causal : bool
-        Query i sees keys j <= i + Tk - Tq; the last one sees all. p is 0 elsewhere.
-    key_mask : [B, Tk], bool, optional
-        True for keys that were attended; p is 0 elsewhere.
-    scale : float, optional
-        d**-0.5 by default.
-
-    Returns
-    -------
-    [B, Tk], fp32
-        Scores, p and sums are fp32; the same bits on every run and thread count, whatever else is in the batch.
-
-    Raises
-    ------
-    TypeError
-        A dtype that is not supported.
-    ValueError
-        Shapes or devices that do not fit, an unknown reduce, a scale that is not finite.
-    """
-    expect_tensors(q=q, k=k, lse=lse)
-    for name, tensor in (("head_weight", head_weight), ("query_weight", query_weight), ("key_mask", key_mask)):
-        if tensor is not None:
-            expect_tensors(**{name: tensor})
-    if not isinstance(reduce, str):
-        raise TypeError(f"reduce is {reduce!r}; expected 'sum' or 'max'")
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal is {causal!r}; expected a bool")
-    if scale is None:
-        scale = max(q.shape[-1], 1) ** -0.5 if q.dim() > 0 else 1.0
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale is {scale!r}; expected a number")
-    return torch.ops.vlprune.attention_importance(
-        q.detach(),
-        k.detach(),
-        lse.detach(),
-        None if head_weight is None else head_weight.detach(),
-        None if query_weight is None else query_weight.detach(),
-        reduce,
-        causal,
-        key_mask,
-        float(scale),
-    )
-
-
-_library.impl("attention_importance", _attention_importance, "CPU")
-_library.impl("attention_importance", _attention_importance, "CUDA")
-torch.library.register_fake("vlprune::attention_importance", _attention_importance_out, lib=_library)
-
-
-# ---- select_tokens --------------------------------------------------------------------------------------------------
-
-
-def _selected(
-    score: Tensor,  # [B, T]
-    keep: int,
-    protected: Tensor | None = None,  # [B, T]
-) -> Tensor:  # [B, keep] int64, not filled
-    check_tensors(score=score)
-    if score.dim() != 2:
-        raise ValueError(f"score has shape {shape(score)}; expected two dimensions [B, T]")
-    if score.shape[0] > _INT32_MAX or score.shape[1] > _INT32_MAX:
-        raise ValueError(f"score has shape {shape(score)}; expected fewer than 2**31 rows and 2**31 tokens")
-    if not 0 < keep <= score.shape[1]:
-        raise ValueError(f"keep is {keep}; expected 0 < keep <= {score.shape[1]} (T, the tokens of score)")
-    if protected is not None:
-        if protected.dtype != torch.bool:
-            raise TypeError(f"protected has dtype {protected.dtype}; expected bool")
-        if protected.shape != score.shape:
-            raise ValueError(f"protected has shape {shape(protected)}; expected {shape(score)} as score")
-        if protected.device != score.device:
-            raise ValueError(f"protected is on {protected.device}; expected {score.device} as score")
-    return score.new_empty((score.shape[0], keep), dtype=torch.int64)
-
-
-def _select_tokens(score: Tensor, keep: int, protected: Tensor | None = None) -> Tensor:
-    index = _selected(score, keep, protected)
-    _native.select_tokens(rows(score), None if protected is None else rows(protected), index)
-    return index
-
-
-def select_tokens(score: Tensor, keep: int, protected: Tensor | None = None) -> Tensor:
-    """The ``keep`` tokens of highest score of each row, as ascending positions.
-
-    Exactly those that a stable sort puts first: ties go to the lower position, whatever the other rows hold. Neither
-    the host nor another stream is waited for, and a CUDA graph may capture it.
-
-    Parameters
-    ----------
-    score : [B, T], fp32/fp16/bf16
-        The higher, the longer a token stays. -0 equals +0; a NaN ranks below everything, -inf included.
-    keep : int
-        K, 0 < keep <= T.
-    protected : [B, T], bool, optional
-        These come before all others, whatever their scores. Where they are more than ``keep``, those of highest score
-        among them stay.
-
-    Returns
-    -------
-    [B, K], int64
-        For :func:`compact_tokens`.
-
-    Raises
-    ------
-    TypeError
-        A dtype that is not supported.
-    ValueError
-        Shapes or devices that do not fit, keep out of range.
-    """
-    expect_tensors(score=score)
-    if protected is not None:
-        expect_tensors(protected=protected)
-    return torch.ops.vlprune.select_tokens(score.detach(), expect_int("keep", keep), protected)
-
-
-_library.impl("select_tokens", _select_tokens, "CPU")
-_library.impl("select_tokens", _select_tokens, "CUDA")
-torch.library.register_fake("vlprune::select_tokens", _selected, lib=_library)
-
-
-# ---- diverse_tokens -------------------------------------------------------------------------------------------------
-
-
-def _diverse(
-    x: Tensor,  # [B, T, d]
-    keep: int,
-    keep_of_sample: Tensor | None = None,  # [B], instead of keep
-    candidate: Tensor | None = None,  # [B, T]
-) -> Tensor:  # [B, T] bool, not filled
-    check_tensors(x=x)
-    if x.dim() != 3:
-        raise ValueError(f"x has shape {shape(x)}; expected three dimensions [B, T, d]")
-    if x.shape[2] < 1:
-        raise ValueError(f"x has shape {shape(x)}; expected tokens of at least one number")
-    if keep < 0:
-        raise ValueError(f"keep is {keep}; expected keep >= 0")
-    for name, tensor, dtype, sizes, what in (
-        ("keep", keep_of_sample, torch.int64, x.shape[:1], "the samples of x"),
-        ("candidate", candidate, torch.bool, x.shape[:2], "the tokens of x"),
-    ):
-        if tensor is not None:
-            _check_beside(name, tensor, dtype, [list(sizes)], what, "x", x)
-    return x.new_empty(x.shape[:2], dtype=torch.bool)
-
-
-def _check_keep(keep_of_sample: Tensor) -> None:
-    """On the host, where looking costs next to nothing."""
-    if keep_of_sample.device.type != "cpu" or bool((keep_of_sample >= 0).all()):
-        return
-    sample = int((keep_of_sample < 0).nonzero()[0])
-    raise ValueError(f"keep[{sample}] is {int(keep_of_sample[sample])}; expected keep >= 0")
-
-
-def _diverse_tokens(
-    x: Tensor, keep: int, keep_of_sample: Tensor | None = None, candidate: Tensor | None = None
-) -> Tensor:
-    kept = _diverse(x, keep, keep_of_sample, candidate)
-    if keep_of_sample is not None:
-        _check_keep(keep_of_sample)
-    batch, tokens = kept.shape
-    if kept.numel() == 0:
-        return kept
-    x = rows(x)
-    step = min(batch, max(1, _GRAM_BYTES // (4 * tokens**2)))
-    gram = x.new_empty((step, tokens, tokens), dtype=torch.float32)
-    scale, closest = x.new_empty((2, step, tokens), dtype=torch.float32)
-    for first in range(0, batch, step):
-        some = slice(first, first + step)
-        _native.diverse_tokens(
-            x[some],
-            keep,
-            None if keep_of_sample is None else keep_of_sample[some].contiguous(),
-            None if candidate is None else candidate[some].contiguous(),
-            gram,
-            scale,
-            closest,
-            kept[some],
-        )
-    return kept
-
-
-def diverse_tokens(x: Tensor, keep: int | Tensor, *, candidate: Tensor | None = None) -> Tensor:
-    """The tokens that the greedy max-min choice by cosine distance keeps of each sample (DivPrune, arXiv 2503.02175).
-
-    The first is the candidate whose least distance to another candidate is greatest; each next one is the candidate
-    whose least distance to those kept so far is greatest. Ties go to the lower position. Neither the host nor another
-    stream is waited for, and a CUDA graph may capture it. No gradient.
-
-    Parameters
-    ----------
-    x : [B, T, d], fp32/fp16/bf16
-        What tokens are compared by. Any strides; a last dimension that is not contiguous is copied.
-    keep : int, or [B], int64
-        How many, of every sample or of each; at least 0. A sample with fewer candidates keeps them all. A tensor on a
-        GPU is not looked at by the host: there less than 0 keeps none.
-    candidate : [B, T], bool, optional
-        True for the tokens that may be kept; all by default. No others are compared with.
-
-    Returns
-    -------
-    [B, T], bool
-        True for what is kept. The same bits on every run and thread count, whatever else is in the batch, and wherever
-        tokens that are no candidates lie between.
-
-    Raises
-    ------
-    TypeError
-        A dtype that is not supported.
-    ValueError
-        Shapes or devices that do not fit, a negative keep.
-
-    Notes
-    -----
-    Products and squares are summed in fp32. A token whose squares sum to less than 2**-126 has distance 1 to every
-    other. One with a NaN, or whose squares sum to 2**126 or more, has no direction: it is compared with none and comes
-    after all others, by position. Memory beyond the result is 4 T**2 bytes a sample, for as many samples at a time as
-    256 MB hold.
-    """
-    expect_tensors(x=x)
-    if candidate is not None:
-        expect_tensors(candidate=candidate)
-    if isinstance(keep, Tensor):
-        return torch.ops.vlprune.diverse_tokens(x.detach(), 0, keep, candidate)
-    return torch.ops.vlprune.diverse_tokens(x.detach(), expect_int("keep", keep), None, candidate)
-
-
-_library.impl("diverse_tokens", _diverse_tokens, "CPU")
-_library.impl("diverse_tokens", _diverse_tokens, "CUDA")
-torch.library.register_fake("vlprune::diverse_tokens", _diverse, lib=_library)
-
-
-# ---- compact_tokens -------------------------------------------------------------------------------------------------
+# ---- compact_tokens --------------------------------------------------------------------------------------------------
 
 
 def _expect_tokens(tensors: object, dims: object) -> list[int] | None:
@@ -570,7 +189,7 @@ torch.library.register_fake("vlprune::compact_tokens", _compacted, lib=_library)
 torch.library.register_autograd("vlprune::compact_tokens", _spread, setup_context=_keep_for_backward, lib=_library)
 
 
-# ---- match_tokens ---------------------------------------------------------------------------------------------------
+# ---- match_tokens ----------------------------------------------------------------------------------------------------
 
 
 def _matched(
@@ -584,11 +203,11 @@ def _matched(
     b, t, d = key.shape
     if d < 1:
         raise ValueError(f"key has shape {shape(key)}; expected vectors of at least one number")
-    if b > _INT32_MAX or t > _INT32_MAX:
+    if b > INT32_MAX or t > INT32_MAX:
         raise ValueError(f"key has shape {shape(key)}; expected fewer than 2**31 rows and 2**31 tokens")
-    _check_beside("target", target, torch.bool, [[b, t]], "the tokens of key", "key", key)
+    check_beside("target", target, torch.bool, [[b, t]], "the tokens of key", "key", key)
     if source is not None:
-        _check_beside("source", source, torch.bool, [[b, t]], "the tokens of key", "key", key)
+        check_beside("source", source, torch.bool, [[b, t]], "the tokens of key", "key", key)
     return key.new_empty((b, t), dtype=torch.float32), key.new_empty((b, t), dtype=torch.int64)
 
 
@@ -659,7 +278,7 @@ _library.impl("match_tokens", _match_tokens, "CUDA")
 torch.library.register_fake("vlprune::match_tokens", _matched, lib=_library)
 
 
-# ---- merge_tokens ---------------------------------------------------------------------------------------------------
+# ---- merge_tokens ----------------------------------------------------------------------------------------------------
 
 
 def _merged(
@@ -676,11 +295,11 @@ def _merged(
         raise ValueError(f"match has shape {shape(match)}; expected two dimensions [B, T]")
     batch, keep = index.shape
     tokens = tensors[0].shape[_token_dims(tensors, dims)[0]] if tensors else match.shape[1]
-    _check_beside("match", match, torch.int64, [[batch, tokens]], "the tokens of tensors", "index", index)
-    if tokens > _INT32_MAX or batch > _INT32_MAX:
+    check_beside("match", match, torch.int64, [[batch, tokens]], "the tokens of tensors", "index", index)
+    if tokens > INT32_MAX or batch > INT32_MAX:
         raise ValueError(f"match has shape {shape(match)}; expected fewer than 2**31 rows and 2**31 tokens")
     if size is not None:
-        _check_beside("size", size, torch.float32, [[batch, tokens]], "the tokens of match", "index", index)
+        check_beside("size", size, torch.float32, [[batch, tokens]], "the tokens of match", "index", index)
     if keep > tokens:
         raise ValueError(f"index has shape {shape(index)}; expected at most {tokens} tokens, those of match")
     return out, index.new_empty((batch, keep), dtype=torch.float32)
