@@ -98,3 +98,12 @@ def test_no_log_sum_exp(given):
     assert kept.lse is None
     torch.manual_seed(3)
     assert torch.equal(found, F.scaled_dot_product_attention(query, key, key, **given))
+
+
+def test_no_log_sum_exp_under_autocast():
+    """Autocast makes queries, keys and values one dtype only after they came here."""
+    query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8).bfloat16()
+    with torch.autocast("cpu"), _KeepLse() as kept:
+        found = F.scaled_dot_product_attention(query, key, value)
+    assert kept.lse is None
+    assert found.dtype == torch.bfloat16

@@ -170,7 +170,7 @@ def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None], wat
 class _KeepLse(TorchFunctionMode):
     """While it is on, ``lse`` is that of the latest attention, which runs as ever.
 
-    Only of torch's flash attention on a CPU, for heads that are not grouped; else it is None.
+    Only of torch's flash attention on a CPU, for heads that are not grouped, without autocast; else it is None.
     """
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ class _KeepLse(TorchFunctionMode):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any):
         grouped, mask = kwargs.get("enable_gqa", False), attn_mask
-        if query.device.type == "cpu" and not grouped:
+        if query.device.type == "cpu" and not grouped and not torch.is_autocast_enabled("cpu"):
             chosen = torch._fused_sdp_choice(query, key, value, attn_mask=mask, **kwargs)
             if chosen == SDPBackend.FLASH_ATTENTION.value:
                 if mask is not None and mask.dtype == torch.bool:
