@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from memory import peak_mb
 from safetensors.torch import load_file, save_file
 
 import vlprune_ext as vp
+from vlprune_ext.comp.removal import PlannedTokens
 from vlprune_ext.comp.training import WithLoss
+from vlprune_ext.flops import count_flops
 from vlprune_ext.models import load_model
 
 SOURCES = {"clip-digits": "digits", "blip-digits": "digits-questions", "llava-digits": "digits-questions"}
@@ -77,6 +80,7 @@ def test_training_step(name, device, compare, record, stopwatch):
             trainer(plain, data["train"]),
             baseline_name="plain step",
             dtype=torch.float32,
+            rounds=15,
         )
     finally:
         method.detach()
@@ -156,3 +160,37 @@ def test_pruned(name, tokens, rows, device, compare, tmp_path):
             + (f"; peak {memory[0]:.0f} MB, dense {memory[1]:.0f} MB" if memory else ""),
             **peaks,
         )
+
+
+@functools.cache
+def tower(device: str) -> torch.nn.Module:
+    """A ViT-B/16 as CLIP has it, of random weights."""
+    torch.manual_seed(0)
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(patch_size=16)).eval().to(device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 8])
+def test_tokens_of_a_large_tower(rows, device, compare):
+    """Half of the tokens leave behind the fourth block, half of the rest behind the eighth."""
+    model = tower(device.type)
+    layers = model.config.num_hidden_layers
+    plan = PlannedTokens({"vision": {"keep": [4 ** -(layer // 4 / 2) for layer in range(1, layers + 1)]}})
+    pixels = torch.randn(rows, 3, 224, 224, device=device)
+    dense = count_flops(lambda: model(pixel_values=pixels))
+    with vp.prune_tokens(model, plan):
+        left = count_flops(lambda: model(pixel_values=pixels)) / dense
+
+    def pruned() -> None:
+        with vp.prune_tokens(model, plan):
+            model(pixel_values=pixels)
+
+    compare(
+        "CoMP's tokens in a ViT-B/16",
+        f"batch {rows}, 197 tokens, then half, then a quarter",
+        pruned,
+        lambda: model(pixel_values=pixels),
+        baseline_name="dense",
+        flops_left=left,
+        notes=f"{left:.0%} of the FLOPs",
+    )
