@@ -17,7 +17,7 @@ _COST = (
     "R: accuracy lost for each dense model's worth of FLOPs saved; below zero, accuracy rose. Large: the mode that was"
     " chosen."
 )
-_EXPLORED = " Ring: explored, that is drawn at random, the likelier the longer it has waited, whatever its R."
+_EXPLORED = " Ring: explored, that is drawn at random, the likelier the longer it has waited."
 _TOKENS = (
     "Mean over the validation data, of those that enter the block in the dense model. Tokens leave behind a block."
 )
@@ -74,7 +74,7 @@ def _row(entry: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _why(entry: Mapping[str, Any], method: Mapping[str, Any]) -> str:
-    mode, every, declined = entry["mode"], entry["costs"], entry["declined"]
+    mode, every, declined = entry["mode"], entry["costs"], entry.get("declined")
     if entry["explored"]:
         waited = entry["waited"][mode]
         return f"explored (waited {waited} {'stages' if waited > 1 else 'stage'})"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from comp.eager import CLS, HARD, Eager, inputs
-from comp.test_tokens import masked
+from comp.masking import masked
 from models import tiny
 from tokens import oracle
 

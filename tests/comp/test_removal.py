@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from comp.eager import HARD, KEEP, NAMES, Eager, differ, inputs, run, same, schedules
+from comp.masking import masked
 from models import tiny
 from tokens import oracle
 
@@ -101,6 +102,23 @@ def test_tokens(name, limits, towers):
         if (tower, layer) in widths:  # as many as the sample with the most
             most = max(int(row.sum()) for row in alive) if layer else widths[tower, layer]
             assert widths[tower, layer] == most, (tower, layer)
+
+
+@pytest.mark.parametrize("types", ["prompt only", "none"])
+def test_tokens_under_other_masks(types):
+    """What leaves is the same, masked or taken out, whoever may see whom: answers within the prefix, or no prefix."""
+    name, model = "paligemma", oracle.model("paligemma")
+    values, limits = inputs(name), {"text": HARD["text"]}
+    if types == "none":
+        values.pop("token_type_ids")
+    else:
+        values["token_type_ids"] = torch.zeros_like(values["token_type_ids"])
+    with masked(model, limits):
+        expected = run(name, model, values)
+    with vp.prune_tokens(model, PlannedTokens(schedules(name, limits))):
+        found = run(name, model, values)
+    same(found, expected)
+    differ(found, run(name, model, values))
 
 
 @pytest.mark.parametrize("limits", [HARD, KEEP], ids=["threshold", "keep"])

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from comp.eager import HARD, KEEP, NAMES, Eager, differ, inputs, run, same
+from comp.masking import masked
 from models import tiny
 from tokens import oracle
 
 from vlprune_ext.anatomy import describe
-from vlprune_ext.comp.masks import Masks, masked_columns
+from vlprune_ext.comp.masks import masked_columns
 from vlprune_ext.comp.tokens import Threshold
-from vlprune_ext.patch import Patches
 from vlprune_ext.tokens import attention
 
 SOFT = {"vision": {"going": 0.1, "gone": 0.07, "soft": 0.3}, "text": {"going": 0.08, "gone": 0.03, "soft": 0.6}}
 GROUPS = {"llava": 2, "paligemma": 2}  # query heads of each key head, in the text tower
-
-
-@contextmanager
-def masked(model, limits, units=None, *, heads_vote=True):
-    """The masks of a model, put in place."""
-    masks = Masks(describe(model), heads_vote=heads_vote)
-    masks.flow.thresholds = {
-        name: Threshold(keep=tuple(limit["keep"][: len(masks.anatomy.tower(name))]))
-        if "keep" in limit
-        else Threshold(**limit)
-        for name, limit in limits.items()
-    }
-    masks.units = dict(units or {})
-    with Patches() as patches:
-        masks.install(patches)
-        yield masks
 
 
 def seen(masks):

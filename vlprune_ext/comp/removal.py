@@ -152,7 +152,7 @@ class TokenRemoval(TokenFlow):
                 self.pruning.begin(self.state[tower.name].free)
             if self.state[tower.name].index is None:
                 return None
-            # Padding has gone; fillers are told by the weights of keys.
+            # What is padding, or has left, is told by the weights of keys.
             args = tuple(None if isinstance(a, Tensor) and a.dim() == 4 else a for a in args)
             return args, {**kwargs, "attention_mask": None} if "attention_mask" in kwargs else kwargs
 

@@ -43,13 +43,15 @@ class _Choice:
     """The mode of a stage, its threshold raised.
 
     saves     FLOPs
-    explored  it was drawn, whatever it costs
-    raised    what comes of that, where it was measured already
+    costs     R of every mode, by which it was chosen
+    explored  it was drawn
+    raised    what comes of it, where it was measured already
     declined  {"mode", "cost"} that was drawn instead, measured, and found too dear
     """
 
     mode: Mode
     saves: float
+    costs: dict[str, float]
     explored: bool
     raised: Measured | None = None
     declined: dict[str, Any] | None = None
@@ -113,7 +115,7 @@ class Stages:
             "mode": choice.mode.name,
             "explored": choice.explored,
             "declined": choice.declined,
-            "costs": dict(self.strategy.costs),
+            "costs": choice.costs,
             "waited": dict(self.strategy.waited),
             "threshold": choice.mode.threshold,
         }
@@ -122,33 +124,36 @@ class Stages:
         self._agree()
         return True
 
-    def _choose(self, found: Findings, declined: dict[str, Any] | None = None) -> _Choice:
-        """Raise the threshold of the mode that is next; after one that was ``declined``, of the cheapest."""
-        among = [name for name in self.modes if name not in self.exhausted]
-        if not among:
-            raise ValueError(
-                f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
-                " more"
-            )
-        chosen, explored = self.strategy.cheapest(among), False
-        if declined is None:
-            spent = (self.dense - self.now.flops) / (self.dense - self.target)
-            chosen, explored = self.method.choose(self.strategy, among, spent)
-        mode = self.modes[chosen]
-        saves = mode.raise_threshold(found, self._budget(), self._goal())
-        if saves <= 0:
-            self.exhausted.append(chosen)
-            return self._choose(found, declined)
-        if not explored or self.method.explore == "prune":
-            return _Choice(mode, saves, explored, declined=declined)
-        raised = self._raised(mode)
-        paid = self._cost(self.now, raised, saves / self.dense)
-        others = [self.strategy.costs[name] for name in among if name != chosen]
-        if self.strategy.blended(chosen, paid) <= min(others, default=math.inf):
-            return _Choice(mode, saves, explored, raised=raised)
-        self.strategy.remember(chosen, paid)
-        mode.withdraw()
-        return self._choose(found, {"mode": chosen, "cost": paid})
+    def _choose(self, found: Findings) -> _Choice:
+        """Raise the threshold of the mode that is next."""
+        declined: dict[str, Any] | None = None
+        while True:
+            among = [name for name in self.modes if name not in self.exhausted]
+            if not among:
+                raise ValueError(
+                    f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
+                    " more"
+                )
+            if declined is None:
+                spent = (self.dense - self.now.flops) / (self.dense - self.target)
+                chosen, explored = self.method.choose(self.strategy, among, spent)
+            else:
+                chosen, explored = self.strategy.cheapest(among), False
+            mode, costs = self.modes[chosen], dict(self.strategy.costs)
+            saves = mode.raise_threshold(found, self._budget(), self._goal())
+            if saves <= 0:
+                self.exhausted.append(chosen)
+                continue
+            if not explored or not self.method.measures:
+                return _Choice(mode, saves, costs, explored, declined=declined)
+            raised = self._raised(mode)
+            paid = self._cost(self.now, raised, saves / self.dense)
+            costs[chosen] = self.strategy.blended(chosen, paid)
+            if costs[chosen] <= min(costs[name] for name in among):
+                return _Choice(mode, saves, costs, explored, raised=raised)
+            self.strategy.remember(chosen, paid)
+            mode.withdraw()
+            declined = {"mode": chosen, "cost": paid}
 
     def _raised(self, mode: Mode) -> Measured:
         """The model with all that a raised threshold passes gone at once, by replay."""
@@ -306,10 +311,11 @@ class Stages:
     def load(self, state: dict[str, Any]) -> None:
         """Be where `state` was taken."""
         given = json.loads(json.dumps(self.state()["fields"]))
-        different = [key for key, value in state["fields"].items() if given.get(key) != value]
+        kept = state["fields"]
+        different = [key for key in {**given, **kept} if given.get(key) != kept.get(key)]
         if different:
             name = different[0]
-            raise ValueError(f"{name}: {given.get(name)!r}, but the run to go on with has {state['fields'][name]!r}")
+            raise ValueError(f"{name}: {given.get(name)!r}, but the run to go on with has {kept.get(name)!r}")
         for name, mode in self.modes.items():
             mode.load(state["modes"][name])
         self.strategy = ModeStrategy(**state["strategy"])

@@ -106,7 +106,7 @@ class ModeStrategy:
         if not math.isfinite(measured):
             raise ValueError(f"measured is {measured}; expected a finite number")
         before = self.costs.get(mode)
-        weight = max(self.history - self.history / self.horizon * (self.waited[mode] - 1), 0.0)
+        weight = max(self.history - self.history / self.horizon * max(self.waited[mode] - 1, 0), 0.0)
         return measured if before is None else weight * before + (1 - weight) * measured
 
     def remember(self, mode: str, measured: float) -> None:

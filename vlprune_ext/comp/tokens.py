@@ -73,12 +73,12 @@ class Threshold:
 class Tokens:
     """The tokens of one tower in one batch, at the door of a block.
 
-    valid    [B, T] bool, no padding
-    free     [B, T] bool, may leave: not what is pooled, nor the text of a prompt
-    asks     [B, T] bool, they and their attention to each other say what tokens are worth
+    valid    [B, T] bool, no padding; nor one that left, where `TokenRemoval` takes them out
+    free     [B, T] bool, if valid, may leave: not what is pooled, nor the text of a prompt
+    asks     [B, T] bool, if valid, they and their attention to each other say what tokens are worth
     whole    nothing is padding, and all of them ask
     mask     [B, T] fp32, what they count as keys, 0 for padding; None while nothing has left
-    index    [B, T] their places in the whole sequence, once some were taken out
+    index    [B, T] their places in the whole sequence, once `TokenRemoval` has found that some left
     length   of the whole sequence
     movable  [B] how many of it were free to leave
     entered  how many entered each block so far, [B] each
@@ -256,6 +256,10 @@ class TokenFlow:
 
     def _look(self, tower: Tower, layer: int):
         causal = tower.causal
+        # Masks that `importance_in` knows nothing of: prefixes, windows. Their log-sum-exp is of other keys.
+        visual = self.anatomy.family.visual
+        prefix = visual is not None and visual.prefix and tower.name == visual.tower
+        known = not prefix and getattr(tower.config, "sliding_window", None) is None
 
         @torch.no_grad()
         def look(query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> None:
@@ -266,7 +270,7 @@ class TokenFlow:
             votes = self.head_masks(tower.name, layer)
             if votes is not None:
                 votes = votes.repeat_interleave(query.shape[1] // len(votes))
-            found = importance_in(query, key, scale, tokens, votes, causal, lse)
+            found = importance_in(query, key, scale, tokens, votes, causal, lse if known else None)
             if self.on_importance is not None:
                 self.on_importance(tower.name, layer, tokens, found)
             if leaves:

@@ -56,7 +56,8 @@ class CoMP(TrainerCallback, ExportableState):
                 nothing trained yet, so that a mode answers for what it did and nothing else; or "trained", when the
                 stage is over [ours: the paper does not say]
     explore     what becomes of a mode that is explored: "prune", as in the paper; or "measure", by replay, and it is
-                pruned only if it has become the cheapest [ours]
+                pruned only if it has become the cheapest [ours]. What judged="trained" asks for cannot be measured
+                ahead, so there it is pruned
     rho, tau    probability of exploring, and its temperature in stages, eq. (9); rho=0: greedy
     history_weight, horizon  l0 and I_max of eq. (10); history_weight=0: only the last cost counts
     cip         tokens weigh activations, eq. (4); False: they all count alike, eq. (3)
@@ -108,6 +109,11 @@ class CoMP(TrainerCallback, ExportableState):
         self._board: Board | None = None
 
     @property
+    def measures(self) -> bool:
+        """Whether a mode that is explored is measured before it is pruned."""
+        return self.explore == "measure" and self.judged == "raised"
+
+    @property
     def name(self) -> str:
         return type(self).__name__.lower()
 
@@ -126,7 +132,7 @@ class CoMP(TrainerCallback, ExportableState):
     # --- what differs between CoMP and its baselines -----------------------------------------------------------------
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
-        """The mode of a stage, and whether it is explored.
+        """The mode of a stage, and whether it is explored: then it may yet be found too dear.
 
         among  modes that can still save FLOPs; spent: the share of all that is to be saved that is saved already
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -122,7 +123,8 @@ def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None], wat
                 mask = _heavier(mask, times, query, causal)
             if watcher is None:
                 return attend(query, key, value, mask)
-            with _KeepLse() as kept:
+            kept = _KeepLse()
+            with kept if query.device.type == "cpu" else nullcontext():
                 output = attend(query, key, value, mask)
             watcher(query, key, of_scale, kept.lse)
             return output
@@ -182,19 +184,20 @@ class _KeepLse(TorchFunctionMode):
             return self._attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any):
-        grouped, mask = kwargs.get("enable_gqa", False), attn_mask
-        if query.device.type == "cpu" and not grouped and not torch.is_autocast_enabled("cpu"):
-            chosen = torch._fused_sdp_choice(query, key, value, attn_mask=mask, **kwargs)
-            if chosen == SDPBackend.FLASH_ATTENTION.value:
-                if mask is not None and mask.dtype == torch.bool:
-                    mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-                kwargs.pop("enable_gqa", None)
-                output, self.lse = flash(query, key, value, attn_mask=mask, **kwargs)
-                return output
+    def _attend(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+    ) -> Tensor:
+        given: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         self.lse = None
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **kwargs)
+        if query.device.type == "cpu" and not enable_gqa and not torch.is_autocast_enabled("cpu"):
+            chosen = torch._fused_sdp_choice(query, key, value, attn_mask=attn_mask, **given)
+            if chosen == SDPBackend.FLASH_ATTENTION.value:
+                if attn_mask is not None and attn_mask.dtype == torch.bool:
+                    attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+                output, self.lse = flash(query, key, value, attn_mask=attn_mask, **given)
+                return output
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, enable_gqa=enable_gqa, **given)
 
 
 def _heavier(mask: Tensor | None, times: Tensor, query: Tensor, causal: bool) -> Tensor:
