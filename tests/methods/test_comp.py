@@ -111,10 +111,10 @@ def test_sequential_and_simultaneous(task):
 
 def test_the_same_again(task):
     """The same seed, the same run; exploration makes another one."""
-    model, data, _ = task("blip-digits")
+    model, data, _ = task("blip-digits", validation=8)
 
     def run(**fields):
-        method = vp.CoMP(flops=0.8, train=False, step=0.08, **fields)
+        method = vp.CoMP(flops=0.85, train=False, step=0.08, **fields)
         method.plan(model, data)
         return [(entry["mode"], entry["threshold"], entry["cost"]) for entry in method.history]
 
@@ -124,7 +124,7 @@ def test_the_same_again(task):
 
 
 def test_greedy_takes_the_cheapest(task):
-    model, data, _ = task("blip-digits")
+    model, data, _ = task("blip-digits", validation=8)
     method = vp.CoMP(flops=0.7, train=False, step=0.1, rho=0.0)
     method.plan(model, data)
     for entry in method.history:
@@ -134,7 +134,7 @@ def test_greedy_takes_the_cheapest(task):
 
 def test_exploring_by_measuring(task):
     """A mode that is drawn is pruned only where no other is cheaper; what was found out about it is remembered."""
-    model, data, _ = task("blip-digits")
+    model, data, _ = task("blip-digits", validation=8)
     method = vp.CoMP(flops=0.7, train=False, step=0.1, rho=1.0, seed=1)
     method.plan(model, data)
     declined = [entry for entry in method.history if entry["declined"] is not None]
@@ -150,7 +150,7 @@ def test_exploring_by_measuring(task):
 
 def test_a_mode_that_was_declined_is_as_it_was(task):
     """Measured, withdrawn: threshold, masks and what is left are those of before."""
-    model, data, _ = task("blip-digits")
+    model, data, _ = task("blip-digits", validation=8)
     method = vp.CoMP(flops=0.7, train=False, step=0.1, rho=1.0, seed=1)
     run = method._begin(model, data)
     try:
@@ -172,7 +172,7 @@ def test_a_mode_that_was_declined_is_as_it_was(task):
 )
 def test_explored_whatever_it_costs(task, fields, whatever):
     """Without a measurement ahead a mode is pruned that is not the cheapest."""
-    model, data, _ = task("blip-digits")
+    model, data, _ = task("blip-digits", validation=8)
     method = vp.CoMP(flops=0.8, train=False, step=0.08, rho=1.0, seed=1, **fields)
     method.plan(model, data)
     explored = [entry for entry in method.history if entry["explored"]]
