@@ -32,7 +32,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "CoMP, greedy": {"rho": 0.0, "history_weight": 0.0},
     "CoMP, no exploration": {"rho": 0.0},
     "CoMP, no history": {"history_weight": 0.0},
-    "CoMP, exploring by pruning": {"explore": "prune"},
+    "CoMP, explored modes confirmed": {"confirm": "explored"},
+    "CoMP, none confirmed": {"confirm": "none"},
     "CoMP, judged when trained": {"judged": "trained"},
 }
 NAMES = {method.__name__: method for method in COLLABORATIVE.values()}

@@ -74,7 +74,9 @@ def _row(entry: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _why(entry: Mapping[str, Any], method: Mapping[str, Any]) -> str:
-    mode, every, declined = entry["mode"], entry["costs"], entry.get("declined")
+    mode, every, declined = entry["mode"], entry["costs"], entry.get("declined") or []
+    looked = ", ".join(f"{other['mode']} ({other['cost']:.3g})" for other in declined)
+    looked = f"; too dear by now: {looked}" if looked else ""
     if entry["explored"]:
         waited = entry["waited"][mode]
         return f"explored (waited {waited} {'stages' if waited > 1 else 'stage'})"
@@ -83,5 +85,4 @@ def _why(entry: Mapping[str, Any], method: Mapping[str, Any]) -> str:
     if getattr(METHODS.get(str(method.get("name"))), "choose", CoMP.choose) is not CoMP.choose:
         return "its turn"
     still = "" if every[mode] <= min(every.values()) else " of those that can still save"
-    looked = "" if declined is None else f"; explored {declined['mode']}, which would cost {declined['cost']:.3g}"
     return minus(f"cheapest{still}: R {every[mode]:.3g}{looked}")

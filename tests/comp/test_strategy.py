@@ -82,6 +82,11 @@ def test_a_look_without_pruning(waited):
     assert strategy.costs == pruned.costs
     assert strategy.costs[MODES[0]] == expected
     assert strategy.stage == 0
+    again = measured()
+    again.waited[MODES[0]] = waited
+    again.remember(MODES[0], 0.7)
+    again.update(MODES[0], 0.7)
+    assert again == pruned
     strategy.update(MODES[1], 0.2)
     assert strategy.waited == {MODES[0]: 1, MODES[1]: 1, MODES[2]: 2}
     assert strategy.stage == 1

@@ -45,16 +45,16 @@ class _Choice:
     saves     FLOPs
     costs     R of every mode, by which it was chosen
     explored  it was drawn
-    raised    what comes of it, where it was measured already
-    declined  {"mode", "cost"} that was drawn instead, measured, and found too dear
+    declined  {"mode", "cost"} of those that were measured first, and found too dear
+    raised    what it leaves, where it was measured already
     """
 
     mode: Mode
     saves: float
     costs: dict[str, float]
     explored: bool
+    declined: list[dict[str, Any]]
     raised: Measured | None = None
-    declined: dict[str, Any] | None = None
 
 
 class Stages:
@@ -125,8 +125,12 @@ class Stages:
         return True
 
     def _choose(self, found: Findings) -> _Choice:
-        """Raise the threshold of the mode that is next."""
-        declined: dict[str, Any] | None = None
+        """Raise the threshold of the mode that is next.
+
+        Costs were measured in other stages, and pruning a model changes what it can spare. So a mode is measured before
+        it is pruned, and if another is now cheaper, that one has its turn, until the cheapest is one just measured.
+        """
+        seen: dict[str, tuple[float, Measured]] = {}  # in this stage: mode -> cost, and what it leaves
         while True:
             among = [name for name in self.modes if name not in self.exhausted]
             if not among:
@@ -134,26 +138,29 @@ class Stages:
                     f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
                     " more"
                 )
-            if declined is None:
+            if seen:
+                chosen, explored = self.strategy.cheapest(among), False
+            else:
                 spent = (self.dense - self.now.flops) / (self.dense - self.target)
                 chosen, explored = self.method.choose(self.strategy, among, spent)
-            else:
-                chosen, explored = self.strategy.cheapest(among), False
             mode, costs = self.modes[chosen], dict(self.strategy.costs)
             saves = mode.raise_threshold(found, self._budget(), self._goal())
             if saves <= 0:
                 self.exhausted.append(chosen)
                 continue
-            if not explored or not self.method.measures:
-                return _Choice(mode, saves, costs, explored, declined=declined)
+            declined = [{"mode": name, "cost": paid} for name, (paid, _) in seen.items() if name != chosen]
+            if not self.method.measures(explored):
+                return _Choice(mode, saves, costs, explored, declined)
+            if chosen in seen:
+                return _Choice(mode, saves, costs, explored, declined, seen[chosen][1])
             raised = self._raised(mode)
             paid = self._cost(self.now, raised, saves / self.dense)
             costs[chosen] = self.strategy.blended(chosen, paid)
             if costs[chosen] <= min(costs[name] for name in among):
-                return _Choice(mode, saves, costs, explored, raised=raised)
+                return _Choice(mode, saves, costs, explored, declined, raised)
             self.strategy.remember(chosen, paid)
             mode.withdraw()
-            declined = {"mode": chosen, "cost": paid}
+            seen[chosen] = paid, raised
 
     def _raised(self, mode: Mode) -> Measured:
         """The model with all that a raised threshold passes gone at once, by replay."""

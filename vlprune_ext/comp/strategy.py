@@ -115,8 +115,9 @@ class ModeStrategy:
         self.waited[mode] = 0
 
     def update(self, mode: str, measured: float) -> None:
-        """What pruning ``mode`` in this stage cost; the stage is over."""
-        self.remember(mode, measured)
+        """What pruning ``mode`` in this stage cost, unless that is remembered already; the stage is over."""
+        if self.waited.get(mode) != 0:
+            self.remember(mode, measured)
         for name in self.modes:
             self.waited[name] += 1
         self.stage += 1

@@ -28,7 +28,7 @@ from ..surgery import apply
 
 TOKENS = ("threshold", "keep")
 JUDGED = ("raised", "trained")
-EXPLORE = ("measure", "prune")
+CONFIRM = ("every", "explored", "none")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,9 +55,9 @@ class CoMP(TrainerCallback, ExportableState):
     judged      when the accuracy after a stage is measured, eq. (8): "raised", with all that goes gone at once and
                 nothing trained yet, so that a mode answers for what it did and nothing else; or "trained", when the
                 stage is over [ours: the paper does not say]
-    explore     what becomes of a mode that is explored: "prune", as in the paper; or "measure", by replay, and it is
-                pruned only if it has become the cheapest [ours]. What judged="trained" asks for cannot be measured
-                ahead, so there it is pruned
+    confirm     which choices are measured, by replay, before they are pruned, and dropped for the cheapest if they are
+                not that: "every" one; "explored" ones; or "none", as in the paper [ours]. With judged="trained" none
+                can be
     rho, tau    probability of exploring, and its temperature in stages, eq. (9); rho=0: greedy
     history_weight, horizon  l0 and I_max of eq. (10); history_weight=0: only the last cost counts
     cip         tokens weigh activations, eq. (4); False: they all count alike, eq. (3)
@@ -76,7 +76,7 @@ class CoMP(TrainerCallback, ExportableState):
     interval: int = 100
     step: float = 0.05
     judged: str = "raised"
-    explore: str = "measure"
+    confirm: str = "every"
     rho: float = 0.2
     tau: float = 5.0
     history_weight: float = 0.4
@@ -96,7 +96,7 @@ class CoMP(TrainerCallback, ExportableState):
         for name in ("interval", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        for name, known in (("tokens", TOKENS), ("judged", JUDGED), ("explore", EXPLORE)):
+        for name, known in (("tokens", TOKENS), ("judged", JUDGED), ("confirm", CONFIRM)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {', '.join(known)}")
         unknown = [name for name in self.modes or () if name not in MODES]
@@ -107,11 +107,6 @@ class CoMP(TrainerCallback, ExportableState):
         self._stages: Stages | None = None
         self._kept: dict[str, Any] = {}  # the state, once there is no run
         self._board: Board | None = None
-
-    @property
-    def measures(self) -> bool:
-        """Whether a mode that is explored is measured before it is pruned."""
-        return self.explore == "measure" and self.judged == "raised"
 
     @property
     def name(self) -> str:
@@ -132,11 +127,15 @@ class CoMP(TrainerCallback, ExportableState):
     # --- what differs between CoMP and its baselines -----------------------------------------------------------------
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
-        """The mode of a stage, and whether it is explored: then it may yet be found too dear.
+        """The mode that is next, and whether it is explored; `measures` says whether it may yet be found too dear.
 
         among  modes that can still save FLOPs; spent: the share of all that is to be saved that is saved already
         """
         return strategy.choose(among)
+
+    def measures(self, explored: bool) -> bool:
+        """Whether a mode is measured before it is pruned."""
+        return self.judged == "raised" and (self.confirm == "every" or (self.confirm == "explored" and explored))
 
     def strategy(self, modes: Sequence[str]) -> ModeStrategy:
         """Who chooses among some modes."""

@@ -32,6 +32,7 @@ class JointSequential(CoMP):
     modes: Sequence[str] | None = ("parameters", "tokens")
     cip: bool = False
     cit: bool = False
+    confirm: str = "none"
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
         wanted = "parameters" if spent < 0.5 else "tokens"
@@ -45,6 +46,7 @@ class JointSimultaneous(CoMP):
     modes: Sequence[str] | None = ("parameters", "tokens")
     cip: bool = False
     cit: bool = False
+    confirm: str = "none"
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
         return among[strategy.stage % len(among)], False
