@@ -341,7 +341,7 @@ def _texts(name: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def inputs(name: str, model: nn.Module, n: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """Keyword arguments of ``model``'s forward for ``n`` pairs; labels come with models that generate."""
+    """Keyword arguments of ``model``'s forward for ``n`` pairs, in its dtype; labels come with models that generate."""
     generator = _generator(seed)
     values = _images(name, n, generator)
     if name != "vit":
@@ -350,7 +350,9 @@ def inputs(name: str, model: nn.Module, n: int = 3, seed: int = 0) -> dict[str, 
         labels = values["labels"]
         values["decoder_input_ids"] = labels.masked_fill(labels < 0, PAD)
         values["decoder_attention_mask"] = (labels >= 0).long()
-    return {key: value.to(model.device) for key, value in values.items()}
+    return {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else None) for key, value in values.items()
+    }
 
 
 def retrieval_data(name: str, model: nn.Module, n: int = 6, seed: int = 0, *, texts_per_image: int = 1) -> Data:
