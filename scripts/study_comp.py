@@ -32,9 +32,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "CoMP, greedy": {"rho": 0.0, "history_weight": 0.0},
     "CoMP, no exploration": {"rho": 0.0},
     "CoMP, no history": {"history_weight": 0.0},
-    "CoMP, explored modes confirmed": {"confirm": "explored"},
-    "CoMP, none confirmed": {"confirm": "none"},
+    "CoMP, explored modes pruned untried": {"confirm": False},
+    "CoMP, judged when raised": {"judged": "raised"},
     "CoMP, judged when trained": {"judged": "trained"},
+    "CoMP, thresholds not held": {"hold": False},
 }
 NAMES = {method.__name__: method for method in COLLABORATIVE.values()}
 STEPS, INTERVAL, BATCH, RATE = 200, 10, 32, 3e-4
@@ -79,6 +80,7 @@ class Test(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         stages = self.method._stages
+        stages.plan()  # tokens as many as when pruning ended
         with stages.masks.hardened():
             self.found = vp.evaluate(stages.model, self.data, self.metric)[self.metric]
 

@@ -36,12 +36,12 @@ def entry(stage: int, mode: str, explored: bool = False, **changed) -> dict:
         "closed": 1000 * (stage + 1),
         "mode": mode,
         "explored": explored,
-        "declined": [],
+        "declined": None,
         "costs": FIRST,
         "waited": {**dict.fromkeys(FIRST, 1), mode: 1 + stage},
         "threshold": -1.25,
         "cost": 0.1,
-        "measured": 0.9,
+        "raised": {"accuracy": 0.9, "flops": 0.875},
         "accuracy": [0.95 - 0.01 * stage, 0.94 - 0.01 * stage],
         "flops": [1 - 0.125 * stage, 0.875 - 0.125 * stage],
         "tokens": SHARES,
@@ -116,10 +116,9 @@ def test_facts_hold_fields_only(record):
 
 
 def test_what_was_found_too_dear(record):
-    dear = [{"mode": "vision tokens", "cost": 1.5}, {"mode": "language parameters", "cost": 2.0}]
+    dear = {"mode": "vision tokens", "cost": 1.5}
     record.plan.method["history"] = [entry(0, "vision parameters", declined=dear)]
-    why = rows(render(record))[0][3]
-    assert why == "cheapest: R 0.25; too dear by now: vision tokens (1.5), language parameters (2)"
+    assert rows(render(record))[0][3] == "cheapest: R 0.25; drawn, but too dear: vision tokens (1.5)"
 
 
 def test_plans_of_tokens_only(record, charts):

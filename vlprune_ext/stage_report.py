@@ -74,9 +74,8 @@ def _row(entry: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _why(entry: Mapping[str, Any], method: Mapping[str, Any]) -> str:
-    mode, every, declined = entry["mode"], entry["costs"], entry.get("declined") or []
-    looked = ", ".join(f"{other['mode']} ({other['cost']:.3g})" for other in declined)
-    looked = f"; too dear by now: {looked}" if looked else ""
+    mode, every, declined = entry["mode"], entry["costs"], entry.get("declined")
+    looked = f"; drawn, but too dear: {declined['mode']} ({declined['cost']:.3g})" if declined else ""
     if entry["explored"]:
         waited = entry["waited"][mode]
         return f"explored (waited {waited} {'stages' if waited > 1 else 'stage'})"

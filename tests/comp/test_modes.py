@@ -12,7 +12,7 @@ from models import tiny
 
 from vlprune_ext.anatomy import describe
 from vlprune_ext.comp.masks import Masks, examine
-from vlprune_ext.comp.modes import BITE, MODES, Budget
+from vlprune_ext.comp.modes import BITE, LEVEL, MODES, Budget, level
 from vlprune_ext.comp.validation import Validation
 from vlprune_ext.objectives import objective_named
 from vlprune_ext.patch import Patches
@@ -255,3 +255,62 @@ def test_tokens_are_foretold(bench, name):
             entered = sum(int((b[layer + 1][0].alive & b[layer + 1][0].free).sum()) for b in batches)
             assert share == pytest.approx(entered / movable)
     few.check(at.masks.anatomy)
+
+
+# --- thresholds that follow ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0.002, 0.0101, 0.3])
+@pytest.mark.parametrize("rises", [lambda at: at / 0.01 - 1, lambda at: math.tanh(40 * (at - 0.01))])
+def test_level(start, rises):
+    tried = []
+
+    def missing(at):
+        tried.append(at)
+        return rises(at)
+
+    level(start, missing)
+    assert abs(rises(tried[-1])) <= LEVEL or len(tried) == 8
+    assert len(tried) <= 8
+    assert abs(rises(tried[-1])) <= abs(rises(start))
+
+
+def test_level_of_a_step():
+    """What jumps is left on one side of the jump, and near it."""
+    tried = []
+
+    def missing(at):
+        tried.append(at)
+        return 1.0 if at > 0.01 else -1.0
+
+    level(0.02, missing)
+    assert len(tried) == 8
+    assert abs(tried[-1] - 0.01) < 0.002
+
+
+@pytest.mark.parametrize("name", ["clip", "blip_vqa", "llava"])
+def test_as_many_tokens_stay(bench, name):
+    """Heads that go change what tokens are worth; held, the threshold follows, and as many run as before."""
+    one = bench(name)
+    tokens, units = one.mode("vision tokens"), one.mode("vision parameters")
+    found, budget = one.look()
+    assert tokens.raise_threshold(found, budget, 0.1 * one.now.flops)
+    tokens.settle()
+    at, before = tokens.threshold, one.validation.running(one.batches)
+    heads = [key for key in units.units if key[2] == "head"]
+    for key in heads:  # all but one
+        units.going[key][1:] = True
+    units.soften(0.0)
+    moved = one.validation.running(one.batches)
+    tokens.hold(lambda: one.validation.running(one.batches), before)
+    after = one.validation.running(one.batches)
+
+    def number(load):
+        return sum(float(entered.double().mean()) for entered in load.entered["vision"][: len(load.entered["vision"])])
+
+    assert abs(number(after) / number(before) - 1) <= abs(number(moved) / number(before) - 1)
+    assert tokens.threshold != at or number(moved) == pytest.approx(number(before), rel=LEVEL)
+    tokens.place(at)
+    units.withdraw()
+    again = one.validation.running(one.batches)
+    assert all(torch.equal(a, b) for a, b in zip(again.entered["vision"], before.entered["vision"], strict=True))

@@ -70,23 +70,15 @@ def test_history_fades(waited):
     assert strategy.waited == {MODES[0]: 1, MODES[1]: 2, MODES[2]: 2}
 
 
-@pytest.mark.parametrize("waited", range(1, 9))
-def test_a_look_without_pruning(waited):
-    """R is what a stage would have made it; waiting starts anew, and the stage goes on."""
-    strategy, pruned = measured(), measured()
-    strategy.waited[MODES[0]] = pruned.waited[MODES[0]] = waited
-    expected = strategy.blended(MODES[0], 0.7)
-    assert strategy.costs[MODES[0]] == 0.3
-    strategy.remember(MODES[0], 0.7)
-    pruned.update(MODES[0], 0.7)
-    assert strategy.costs == pruned.costs
-    assert strategy.costs[MODES[0]] == expected
+@pytest.mark.parametrize(("bound", "expected"), [(0.7, 0.3), (0.05, 0.05)])
+def test_a_look_without_pruning(bound, expected):
+    """R is no more than what was found; waiting starts anew, and the stage goes on."""
+    strategy = measured()
+    strategy.waited[MODES[0]] = 4
+    strategy.lower(MODES[0], bound)
+    assert strategy.costs == {**measured().costs, MODES[0]: expected}
+    assert strategy.waited == {MODES[0]: 0, MODES[1]: 1, MODES[2]: 1}
     assert strategy.stage == 0
-    again = measured()
-    again.waited[MODES[0]] = waited
-    again.remember(MODES[0], 0.7)
-    again.update(MODES[0], 0.7)
-    assert again == pruned
     strategy.update(MODES[1], 0.2)
     assert strategy.waited == {MODES[0]: 1, MODES[1]: 1, MODES[2]: 2}
     assert strategy.stage == 1

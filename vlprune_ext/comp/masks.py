@@ -14,7 +14,7 @@ from ..anatomy import Anatomy, Site
 from ..data import Data
 from ..objectives import LMLoss, Objective
 from ..patch import Patches, evaluation_mode
-from .flops import Unit
+from .flops import Load, Unit
 from .importance import ChannelImportance, token_weights
 from .tokens import TokenFlow, Tokens, class_tokens
 
@@ -92,6 +92,15 @@ class Findings:
 
     units: dict[Unit, Tensor] = field(default_factory=dict)
     tokens: dict[str, list[list[tuple[Tokens, Tensor]]]] = field(default_factory=dict)
+
+    def load(self) -> Load:
+        """The tokens that ran."""
+        return Load(
+            {
+                tower: [torch.cat([tokens.alive.sum(1) for tokens, _ in block]) for block in zip(*of, strict=True)]
+                for tower, of in self.tokens.items()
+            }
+        )
 
 
 @torch.no_grad()

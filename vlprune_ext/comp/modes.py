@@ -20,6 +20,7 @@ from .flops import Load, Unit
 from .masks import Findings, Masks
 from .tokens import Threshold, Tokens
 
+LEVEL = 0.01  # how near `level` has to come
 BITE = 1 / 8  # of all that a mode could save from the dense model, what one stage takes at most
 
 
@@ -253,6 +254,32 @@ class TokenMode(Mode):
         self.limit = replace(self.limit, going=high)
         return saves
 
+    def hold(self, running: Callable[[], Load], wanted: Load) -> None:
+        """Move the threshold so that as many tokens run as in ``wanted``; nothing of it may be going.
+
+        running  tells how many run under the masks as they are
+        """
+        number = self._number(wanted)
+
+        def missing(threshold: float) -> float:
+            self.place(threshold)
+            return 1 - self._number(running()) / number
+
+        level(self.limit.gone, missing)
+
+    def place(self, threshold: float) -> None:
+        """Have it here; nothing is going."""
+        self.limit = Threshold(going=threshold, gone=threshold)
+        self.soften(0.0)
+
+    def _number(self, load: Load) -> float:
+        """Tokens of a mean sample, in all blocks together."""
+        return sum(
+            float(entered.double().mean())
+            for tower in self._towers
+            for entered in load.entered[tower][: self.masks.anatomy.tower(tower).depth]
+        )
+
     def _entering(self, tower: str, threshold: float, found: Findings) -> Tensor:
         """[depth + 1] tokens that enter each block that is read, and leave the last of them, under a threshold."""
         depth = self.masks.anatomy.tower(tower).depth
@@ -313,6 +340,26 @@ class TokenMode(Mode):
             movable = sum(int(blocks[0][0].free.sum()) for blocks in found.tokens[tower])
             left = [_passing(blocks, self.limit.gone, free=True) for blocks in found.tokens[tower]]
             plan.tokens[tower] = {"keep": (torch.stack(left).sum(0)[1:] / movable).tolist()}
+
+
+def level(at: float, missing: Callable[[float], float]) -> None:
+    """Try thresholds, from ``at`` > 0 on, until next to nothing is missing; the last that was tried counts.
+
+    missing  threshold -> share of what there should be, negative if there is too much; it rises with the threshold
+    """
+    high: tuple[float, float] | None = None  # a threshold, and what is missing there
+    low: tuple[float, float] | None = None
+    for _ in range(8):
+        found = missing(at)
+        if abs(found) <= LEVEL:
+            return
+        high, low = ((at, found), low) if found > 0 else (high, (at, found))
+        if high is None:
+            at *= 1.5
+        elif low is None:
+            at /= 1.5
+        else:  # false position, kept away from both ends
+            at = low[0] + (high[0] - low[0]) * min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
 
 
 def _passing(blocks: list[tuple[Tokens, Tensor]], threshold: float, *, free: bool = False) -> Tensor:

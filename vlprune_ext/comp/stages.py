@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from ..objectives import objective_named
 from ..patch import Patches
 from ..plan import Plan
 from .masks import Findings, Masks, examine, inputs_of
-from .modes import MODES, Budget, Mode
+from .modes import MODES, Budget, Mode, TokenMode, level
 from .strategy import ModeStrategy, cost
 from .validation import Measured, Validation
 
@@ -45,16 +46,16 @@ class _Choice:
     saves     FLOPs
     costs     R of every mode, by which it was chosen
     explored  it was drawn
-    declined  {"mode", "cost"} of those that were measured first, and found too dear
-    raised    what it leaves, where it was measured already
+    declined  {"mode", "cost"} of the mode that was drawn, where that was too dear; else None
+    raised    the model with all that is going gone at once; None: not measured
     """
 
     mode: Mode
     saves: float
     costs: dict[str, float]
     explored: bool
-    declined: list[dict[str, Any]]
-    raised: Measured | None = None
+    declined: dict[str, Any] | None
+    raised: Measured | None
 
 
 class Stages:
@@ -119,18 +120,18 @@ class Stages:
             "waited": dict(self.strategy.waited),
             "threshold": choice.mode.threshold,
         }
-        if self.method.judged == "raised":
-            self._learn(choice.mode, choice.raised or self._raised(choice.mode))
+        if choice.raised is not None:
+            self.entry["raised"] = {"accuracy": choice.raised.accuracy, "flops": choice.raised.flops / self.dense}
         self._agree()
         return True
 
     def _choose(self, found: Findings) -> _Choice:
         """Raise the threshold of the mode that is next.
 
-        Costs were measured in other stages, and pruning a model changes what it can spare. So a mode is measured before
-        it is pruned, and if another is now cheaper, that one has its turn, until the cheapest is one just measured.
+        A mode that is drawn may be known to be dear. So it is tried by replay first, and if another is cheaper, that
+        one has its turn [ours]. What is lost before anything is trained is the most that a stage can cost.
         """
-        seen: dict[str, tuple[float, Measured]] = {}  # in this stage: mode -> cost, and what it leaves
+        declined: dict[str, Any] | None = None
         while True:
             among = [name for name in self.modes if name not in self.exhausted]
             if not among:
@@ -138,29 +139,63 @@ class Stages:
                     f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
                     " more"
                 )
-            if seen:
-                chosen, explored = self.strategy.cheapest(among), False
-            else:
+            if declined is None:
                 spent = (self.dense - self.now.flops) / (self.dense - self.target)
                 chosen, explored = self.method.choose(self.strategy, among, spent)
+            else:
+                chosen, explored = self.strategy.cheapest(among), False
             mode, costs = self.modes[chosen], dict(self.strategy.costs)
             saves = mode.raise_threshold(found, self._budget(), self._goal())
             if saves <= 0:
                 self.exhausted.append(chosen)
                 continue
-            declined = [{"mode": name, "cost": paid} for name, (paid, _) in seen.items() if name != chosen]
-            if not self.method.measures(explored):
-                return _Choice(mode, saves, costs, explored, declined)
-            if chosen in seen:
-                return _Choice(mode, saves, costs, explored, declined, seen[chosen][1])
-            raised = self._raised(mode)
-            paid = self._cost(self.now, raised, saves / self.dense)
-            costs[chosen] = self.strategy.blended(chosen, paid)
-            if costs[chosen] <= min(costs[name] for name in among):
-                return _Choice(mode, saves, costs, explored, declined, raised)
-            self.strategy.remember(chosen, paid)
+            withdraw = self._hold_tokens(mode, found)
+            tried = explored and self.method.confirm
+            raised = self._raised(mode) if tried or self.method.judged != "trained" else None
+            if tried and raised is not None:
+                most = self._cost(self.now, raised, saves / self.dense)
+                if min(most, costs[chosen]) > min(costs[name] for name in among):
+                    self.strategy.lower(chosen, most)
+                    withdraw()
+                    declined = {"mode": chosen, "cost": most}
+                    continue
+            return _Choice(mode, saves, costs, explored, declined, raised)
+
+    def _hold_tokens(self, mode: Mode, found: Findings) -> Callable[[], None]:
+        """Let as many tokens run as before, whatever has gone that had a say in what they are worth [ours].
+
+        Thresholds are of importances, and these depend on the heads that are left. So they follow. Returns what takes
+        all of it back.
+        """
+        held = []
+        if self.method.hold and not isinstance(mode, TokenMode):
+            changed = self._changed(mode)
+            held = [m for m in self._token_modes() if changed & set(m.towers())]
+        before = [m.limit.gone for m in held]
+        if held:
+            mode.soften(0.0)
+        for other in held:
+            towers = [tower for tower in self.scored if tower in other.towers()] or list(self.scored)
+            running = partial(self.validation.running, {tower: self.scored[tower] for tower in towers})
+            other.hold(running, found.load())
+
+        def withdraw() -> None:
             mode.withdraw()
-            seen[chosen] = paid, raised
+            for other, threshold in zip(held, before, strict=True):
+                other.place(threshold)
+
+        return withdraw
+
+    def _token_modes(self) -> list[TokenMode]:
+        """Those that tokens have left by."""
+        return [mode for mode in self.modes.values() if isinstance(mode, TokenMode) and mode.limit.gone > 0]
+
+    def _changed(self, mode: Mode) -> set[str]:
+        """The towers in which something changes with a mode: its own, and those that run on what they compute."""
+        if len(self.scored) > 1:
+            return set(mode.towers())
+        names = list(self.anatomy.towers)
+        return set(names[min(map(names.index, mode.towers())) :])
 
     def _raised(self, mode: Mode) -> Measured:
         """The model with all that a raised threshold passes gone at once, by replay."""
@@ -178,8 +213,7 @@ class Stages:
         assert self.mode is not None
         self.mode.settle()
         before, self.now = self.now, self.validation.now()
-        if self.method.judged == "trained":
-            self._learn(self.mode, self.now, before)
+        self._learn(before)
         self.method.history.append(
             {
                 **self.entry,
@@ -193,11 +227,26 @@ class Stages:
         self.mode = None
         self._agree()
 
-    def _learn(self, mode: Mode, after: Measured, before: Measured | None = None) -> None:
-        """What a stage cost, eqs. (8) and (10)."""
-        paid = self._cost(before or self.now, after, self.planned)
-        self.strategy.update(mode.name, paid)
-        self.entry |= {"cost": paid, "measured": after.accuracy}
+    def _learn(self, before: Measured) -> None:
+        """What the stage cost, eqs. (8) and (10).
+
+        Before anything is trained a loss is the mode's alone, but training may repair it; afterwards training has had
+        its own part in it. So accuracy and FLOPs are the mean of both [ours].
+        """
+        assert self.mode is not None
+        seen = {"trained": self.now}
+        if "raised" in self.entry:
+            raised = self.entry["raised"]
+            seen["raised"] = replace(self.now, accuracy=raised["accuracy"], flops=raised["flops"] * self.dense)
+        used = [seen[name] for name in seen if self.method.judged in ("both", name)]
+        after = replace(
+            self.now,
+            accuracy=sum(one.accuracy for one in used) / len(used),
+            flops=sum(one.flops for one in used) / len(used),
+        )
+        paid = self._cost(before, after, self.planned)
+        self.strategy.update(self.mode.name, paid)
+        self.entry["cost"] = paid
 
     def _examine(self) -> Findings:
         return examine(self.masks, self.objective, self.scored, weigh_tokens=self.method.cip)
@@ -278,13 +327,30 @@ class Stages:
             counts[1] += site.units
         return {name: left / every for name, (left, every) in found.items()}
 
+    def _return(self) -> None:
+        """Back to the FLOPs at which pruning ended: while a model learns, tokens come and go [ours]."""
+        modes = self._token_modes()
+        goal, placed = self.now.flops, [mode.limit.gone for mode in modes]
+
+        def missing(scale: float) -> float:
+            for mode, threshold in zip(modes, placed, strict=True):
+                mode.place(scale * threshold)
+            self.now = self.validation.now()
+            return 1 - self.now.flops / goal
+
+        if self.method.hold and self.frozen and modes:
+            level(1.0, missing)
+        else:
+            self.now = self.validation.now()
+        self._agree()
+
     def plan(self) -> Plan:
         """What is gone."""
+        self._return()
         plan = Plan(self.anatomy.shape(), method={**self.method.describe(), "objective": self.objective.name})
         found = self._examine() if self.method.tokens == "keep" else None
         for mode in self.modes.values():
             mode.write(plan, found)
-        self.now = self.validation.now()
         plan.method["history"] = self.method.history
         plan.method["reached"] = {
             "accuracy": self.now.accuracy,

@@ -96,8 +96,13 @@ class ModeStrategy:
         """The mode of least cost, the first of those that are alike."""
         return min(among, key=lambda mode: self.costs[mode])
 
-    def blended(self, mode: str, measured: float) -> float:
-        """R of a mode that is found to cost ``measured``, eq. (10): the longer ago the last time, the less that counts.
+    def lower(self, mode: str, bound: float) -> None:
+        """``mode`` was looked at, and would cost no more than ``bound``: nor is its R more than that."""
+        self.costs[mode] = min(self.costs[mode], bound)
+        self.waited[mode] = 0
+
+    def update(self, mode: str, measured: float) -> None:
+        """What pruning ``mode`` in this stage cost: R by eq. (10), in which what is old counts less; the stage is over.
 
         Raises ValueError for a mode that it does not know, and a cost that is not finite.
         """
@@ -107,17 +112,8 @@ class ModeStrategy:
             raise ValueError(f"measured is {measured}; expected a finite number")
         before = self.costs.get(mode)
         weight = max(self.history - self.history / self.horizon * max(self.waited[mode] - 1, 0), 0.0)
-        return measured if before is None else weight * before + (1 - weight) * measured
-
-    def remember(self, mode: str, measured: float) -> None:
-        """What pruning ``mode`` would cost by now."""
-        self.costs[mode] = self.blended(mode, measured)
+        self.costs[mode] = measured if before is None else weight * before + (1 - weight) * measured
         self.waited[mode] = 0
-
-    def update(self, mode: str, measured: float) -> None:
-        """What pruning ``mode`` in this stage cost, unless that is remembered already; the stage is over."""
-        if self.waited.get(mode) != 0:
-            self.remember(mode, measured)
         for name in self.modes:
             self.waited[name] += 1
         self.stage += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -90,6 +90,15 @@ class Validation:
         self._load = seen.load()
         first = next(iter(outputs))
         return self._judged(first, outputs[first], seen)
+
+    def running(self, batches: Mapping[str, list[dict[str, Tensor]]]) -> Load:
+        """The tokens that run on other data, as `inputs_of` gives it, under the masks as they are."""
+        seen = _Seen()
+        with torch.no_grad(), evaluation_mode(self.anatomy.model), self.masks.hardened():
+            for tower, several in batches.items():
+                for batch in several:
+                    self._run(tower, batch, seen)
+        return seen.load()
 
     def trials(self, towers: Sequence[str], contexts: Sequence[Context]) -> list[Measured]:
         """The model as it was measured last, but within each of some contexts, which change only some ``towers``.

@@ -27,8 +27,7 @@ from ..replay import Progress
 from ..surgery import apply
 
 TOKENS = ("threshold", "keep")
-JUDGED = ("raised", "trained")
-CONFIRM = ("every", "explored", "none")
+JUDGED = ("both", "raised", "trained")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,15 +52,16 @@ class CoMP(TrainerCallback, ExportableState):
     interval    training steps of a stage, in which what was chosen fades out [ours: the paper gives no number]
     step        share of the dense FLOPs that a stage saves; one that can save less is shorter in proportion [ours]
     judged      when the accuracy after a stage is measured, eq. (8): "raised", with all that goes gone at once and
-                nothing trained yet, so that a mode answers for what it did and nothing else; or "trained", when the
-                stage is over [ours: the paper does not say]
-    confirm     which choices are measured, by replay, before they are pruned, and dropped for the cheapest if they are
-                not that: "every" one; "explored" ones; or "none", as in the paper [ours]. With judged="trained" none
-                can be
+                nothing trained yet; "trained", when the stage is over; or the mean of "both" [ours: the paper does not
+                say]
+    confirm     a mode that is explored is tried first, by replay, and passed over if another is cheaper; False: it is
+                pruned whatever it costs, as in the paper [ours]
     rho, tau    probability of exploring, and its temperature in stages, eq. (9); rho=0: greedy
     history_weight, horizon  l0 and I_max of eq. (10); history_weight=0: only the last cost counts
     cip         tokens weigh activations, eq. (4); False: they all count alike, eq. (3)
     cit         pruned heads have no say in what tokens are worth, eq. (7); False: eq. (6)
+    hold        thresholds of tokens follow when heads go, so that as many tokens stay as before; False: they are where
+                they are, and a head that goes may take tokens with it, as in the paper [ours]
     tokens      "threshold": each sample keeps as many tokens as pass; "keep": each block the mean number of that [ours]
     seed        of the exploration
     batch_size  samples run at once where nothing is trained
@@ -75,14 +75,15 @@ class CoMP(TrainerCallback, ExportableState):
     modes: Sequence[str] | None = None
     interval: int = 100
     step: float = 0.05
-    judged: str = "raised"
-    confirm: str = "every"
+    judged: str = "both"
+    confirm: bool = True
     rho: float = 0.2
     tau: float = 5.0
     history_weight: float = 0.4
     horizon: int = 5
     cip: bool = True
     cit: bool = True
+    hold: bool = True
     tokens: str = "threshold"
     seed: int = 0
     batch_size: int = 64
@@ -96,7 +97,7 @@ class CoMP(TrainerCallback, ExportableState):
         for name in ("interval", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        for name, known in (("tokens", TOKENS), ("judged", JUDGED), ("confirm", CONFIRM)):
+        for name, known in (("tokens", TOKENS), ("judged", JUDGED)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {', '.join(known)}")
         unknown = [name for name in self.modes or () if name not in MODES]
@@ -127,15 +128,11 @@ class CoMP(TrainerCallback, ExportableState):
     # --- what differs between CoMP and its baselines -----------------------------------------------------------------
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
-        """The mode that is next, and whether it is explored; `measures` says whether it may yet be found too dear.
+        """The mode that is next, and whether it is explored.
 
         among  modes that can still save FLOPs; spent: the share of all that is to be saved that is saved already
         """
         return strategy.choose(among)
-
-    def measures(self, explored: bool) -> bool:
-        """Whether a mode is measured before it is pruned."""
-        return self.judged == "raised" and (self.confirm == "every" or (self.confirm == "explored" and explored))
 
     def strategy(self, modes: Sequence[str]) -> ModeStrategy:
         """Who chooses among some modes."""

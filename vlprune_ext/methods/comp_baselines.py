@@ -15,6 +15,8 @@ class ParametersOnly(CoMP):
 
     modes: Sequence[str] | None = ("parameters",)
     cip: bool = False
+    rho: float = 0.0
+    judged: str = "trained"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -23,6 +25,8 @@ class TokensOnly(CoMP):
 
     modes: Sequence[str] | None = ("tokens",)
     cit: bool = False
+    rho: float = 0.0
+    judged: str = "trained"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,7 +36,7 @@ class JointSequential(CoMP):
     modes: Sequence[str] | None = ("parameters", "tokens")
     cip: bool = False
     cit: bool = False
-    confirm: str = "none"
+    judged: str = "trained"
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
         wanted = "parameters" if spent < 0.5 else "tokens"
@@ -46,7 +50,7 @@ class JointSimultaneous(CoMP):
     modes: Sequence[str] | None = ("parameters", "tokens")
     cip: bool = False
     cit: bool = False
-    confirm: str = "none"
+    judged: str = "trained"
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
         return among[strategy.stage % len(among)], False
