@@ -36,7 +36,7 @@ def entry(stage: int, mode: str, explored: bool = False, **changed) -> dict:
         "closed": 1000 * (stage + 1),
         "mode": mode,
         "explored": explored,
-        "declined": None,
+        "declined": {},
         "costs": FIRST,
         "waited": {**dict.fromkeys(FIRST, 1), mode: 1 + stage},
         "threshold": -1.25,
@@ -116,9 +116,10 @@ def test_facts_hold_fields_only(record):
 
 
 def test_what_was_found_too_dear(record):
-    dear = {"mode": "vision tokens", "cost": 1.5}
+    dear = {"vision tokens": 1.5, "language parameters": 2.0}
     record.plan.method["history"] = [entry(0, "vision parameters", declined=dear)]
-    assert rows(render(record))[0][3] == "cheapest: R 0.25; drawn, but too dear: vision tokens (1.5)"
+    why = rows(render(record))[0][3]
+    assert why == "cheapest: R 0.25; too dear by now: vision tokens (1.5), language parameters (2)"
 
 
 def test_plans_of_tokens_only(record, charts):

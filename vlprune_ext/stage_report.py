@@ -74,8 +74,9 @@ def _row(entry: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _why(entry: Mapping[str, Any], method: Mapping[str, Any]) -> str:
-    mode, every, declined = entry["mode"], entry["costs"], entry.get("declined")
-    looked = f"; drawn, but too dear: {declined['mode']} ({declined['cost']:.3g})" if declined else ""
+    mode, every = entry["mode"], entry["costs"]
+    looked = ", ".join(f"{name} ({lost:.3g})" for name, lost in (entry.get("declined") or {}).items())
+    looked = f"; too dear by now: {looked}" if looked else ""
     if entry["explored"]:
         waited = entry["waited"][mode]
         return f"explored (waited {waited} {'stages' if waited > 1 else 'stage'})"

@@ -70,13 +70,15 @@ def test_history_fades(waited):
     assert strategy.waited == {MODES[0]: 1, MODES[1]: 2, MODES[2]: 2}
 
 
-@pytest.mark.parametrize(("bound", "expected"), [(0.7, 0.3), (0.05, 0.05)])
-def test_a_look_without_pruning(bound, expected):
-    """R is no more than what was found; waiting starts anew, and the stage goes on."""
+@pytest.mark.parametrize(("lost", "expected"), [(0.7, 0.5), (0.3, 0.3), (0.05, 0.05)])
+def test_tried_without_pruning(lost, expected):
+    """A loss before training is the most that a stage can cost; waiting starts anew, and the stage goes on."""
     strategy = measured()
     strategy.waited[MODES[0]] = 4
-    strategy.lower(MODES[0], bound)
-    assert strategy.costs == {**measured().costs, MODES[0]: expected}
+    assert strategy.expected(MODES[0], lost) == pytest.approx(expected)
+    assert strategy.costs == measured().costs
+    strategy.decline(MODES[0], lost)
+    assert strategy.costs == {**measured().costs, MODES[0]: pytest.approx(expected)}
     assert strategy.waited == {MODES[0]: 0, MODES[1]: 1, MODES[2]: 1}
     assert strategy.stage == 0
     strategy.update(MODES[1], 0.2)

@@ -46,7 +46,7 @@ class _Choice:
     saves     FLOPs
     costs     R of every mode, by which it was chosen
     explored  it was drawn
-    declined  {"mode", "cost"} of the mode that was drawn, where that was too dear; else None
+    declined  mode -> what it would have cost before training, of those that were tried and too dear
     raised    the model with all that is going gone at once; None: not measured
     """
 
@@ -54,7 +54,7 @@ class _Choice:
     saves: float
     costs: dict[str, float]
     explored: bool
-    declined: dict[str, Any] | None
+    declined: dict[str, float]
     raised: Measured | None
 
 
@@ -128,10 +128,12 @@ class Stages:
     def _choose(self, found: Findings) -> _Choice:
         """Raise the threshold of the mode that is next.
 
-        A mode that is drawn may be known to be dear. So it is tried by replay first, and if another is cheaper, that
-        one has its turn [ours]. What is lost before anything is trained is the most that a stage can cost.
+        Costs were measured in other stages, and pruning a model changes what it can spare. So a mode is tried, by
+        replay, before it is pruned. If another is then cheaper, that one has its turn, until the cheapest is one that
+        was tried [ours].
         """
-        declined: dict[str, Any] | None = None
+        tried: dict[str, Measured] = {}
+        declined: dict[str, float] = {}
         while True:
             among = [name for name in self.modes if name not in self.exhausted]
             if not among:
@@ -139,27 +141,27 @@ class Stages:
                     f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
                     " more"
                 )
-            if declined is None:
+            if declined:
+                chosen, explored = self.strategy.cheapest(among), False
+            else:
                 spent = (self.dense - self.now.flops) / (self.dense - self.target)
                 chosen, explored = self.method.choose(self.strategy, among, spent)
-            else:
-                chosen, explored = self.strategy.cheapest(among), False
             mode, costs = self.modes[chosen], dict(self.strategy.costs)
             saves = mode.raise_threshold(found, self._budget(), self._goal())
             if saves <= 0:
                 self.exhausted.append(chosen)
                 continue
             withdraw = self._hold_tokens(mode, found)
-            tried = explored and self.method.confirm
-            raised = self._raised(mode) if tried or self.method.judged != "trained" else None
-            if tried and raised is not None:
-                most = self._cost(self.now, raised, saves / self.dense)
-                if min(most, costs[chosen]) > min(costs[name] for name in among):
-                    self.strategy.lower(chosen, most)
+            if chosen not in tried and (self.method.confirm or self.method.judged != "trained"):
+                tried[chosen] = self._raised(mode)
+                lost = self._cost(self.now, tried[chosen], saves / self.dense)
+                if self.method.confirm and self.strategy.expected(chosen, lost) > min(costs[name] for name in among):
+                    self.strategy.decline(chosen, lost)
+                    declined[chosen] = lost
                     withdraw()
-                    declined = {"mode": chosen, "cost": most}
                     continue
-            return _Choice(mode, saves, costs, explored, declined, raised)
+            declined.pop(chosen, None)
+            return _Choice(mode, saves, costs, explored, declined, tried.get(chosen))
 
     def _hold_tokens(self, mode: Mode, found: Findings) -> Callable[[], None]:
         """Let as many tokens run as before, whatever has gone that had a say in what they are worth [ours].

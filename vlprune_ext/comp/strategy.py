@@ -96,9 +96,16 @@ class ModeStrategy:
         """The mode of least cost, the first of those that are alike."""
         return min(among, key=lambda mode: self.costs[mode])
 
-    def lower(self, mode: str, bound: float) -> None:
-        """``mode`` was looked at, and would cost no more than ``bound``: nor is its R more than that."""
-        self.costs[mode] = min(self.costs[mode], bound)
+    def expected(self, mode: str, lost: float) -> float:
+        """What pruning ``mode`` in this stage may cost, if before training it costs ``lost`` [ours].
+
+        Training may repair some of that, so it is the most that a stage can cost; if that is more than R, the mean.
+        """
+        return min(lost, (self.costs[mode] + lost) / 2)
+
+    def decline(self, mode: str, lost: float) -> None:
+        """``mode`` was tried and passed over: R is what it was expected to cost."""
+        self.costs[mode] = self.expected(mode, lost)
         self.waited[mode] = 0
 
     def update(self, mode: str, measured: float) -> None:

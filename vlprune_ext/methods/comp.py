@@ -54,8 +54,8 @@ class CoMP(TrainerCallback, ExportableState):
     judged      when the accuracy after a stage is measured, eq. (8): "raised", with all that goes gone at once and
                 nothing trained yet; "trained", when the stage is over; or the mean of "both" [ours: the paper does not
                 say]
-    confirm     a mode that is explored is tried first, by replay, and passed over if another is cheaper; False: it is
-                pruned whatever it costs, as in the paper [ours]
+    confirm     a mode is tried, by replay, before it is pruned, and passed over if another is then cheaper; False: it
+                is pruned whatever it costs by now, as in the paper [ours]
     rho, tau    probability of exploring, and its temperature in stages, eq. (9); rho=0: greedy
     history_weight, horizon  l0 and I_max of eq. (10); history_weight=0: only the last cost counts
     cip         tokens weigh activations, eq. (4); False: they all count alike, eq. (3)

@@ -17,6 +17,7 @@ class ParametersOnly(CoMP):
     cip: bool = False
     rho: float = 0.0
     judged: str = "trained"
+    confirm: bool = False
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,6 +28,7 @@ class TokensOnly(CoMP):
     cit: bool = False
     rho: float = 0.0
     judged: str = "trained"
+    confirm: bool = False
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,6 +39,7 @@ class JointSequential(CoMP):
     cip: bool = False
     cit: bool = False
     judged: str = "trained"
+    confirm: bool = False
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
         wanted = "parameters" if spent < 0.5 else "tokens"
@@ -51,6 +54,7 @@ class JointSimultaneous(CoMP):
     cip: bool = False
     cit: bool = False
     judged: str = "trained"
+    confirm: bool = False
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
         return among[strategy.stage % len(among)], False
