@@ -32,7 +32,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "CoMP, greedy": {"rho": 0.0, "history_weight": 0.0},
     "CoMP, no exploration": {"rho": 0.0},
     "CoMP, no history": {"history_weight": 0.0},
-    "CoMP, explored modes pruned untried": {"confirm": False},
+    "CoMP, modes pruned untried": {"confirm": False},
     "CoMP, judged when raised": {"judged": "raised"},
     "CoMP, judged when trained": {"judged": "trained"},
     "CoMP, thresholds not held": {"hold": False},
