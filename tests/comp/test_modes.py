@@ -316,7 +316,7 @@ def test_as_many_tokens_stay(bench, name):
     after = one.validation.running(one.batches)
 
     def number(load):
-        return sum(float(entered.double().mean()) for entered in load.entered["vision"][: len(load.entered["vision"])])
+        return sum(float(entered.double().mean()) for entered in load.entered["vision"])
 
     assert abs(number(after) / number(before) - 1) <= abs(number(moved) / number(before) - 1)
     assert tokens.threshold != at or number(moved) == pytest.approx(number(before), rel=LEVEL)
