@@ -22,7 +22,6 @@ from .tokens import Threshold, Tokens
 
 LEVEL = 0.01  # how near `level` has to come
 BITE = 1 / 8  # of all that a mode could save from the dense model, what one stage takes at most
-SITE_BITE = 1 / 4  # of the units of one site, likewise, and at least one
 
 
 class Mode(ABC):
@@ -38,8 +37,8 @@ class Mode(ABC):
     def raise_threshold(self, found: Findings, budget: Budget, goal: float) -> float:
         """Raise it just so far that what is going then saves ``goal`` FLOPs, or all that can go.
 
-        Returns what it is going to save; 0 if nothing can go, and then nothing changes. Unless the goal is infinite
-        steps are small: no more than `BITE` of the capacity, and `SITE_BITE` of a site's units.
+        Returns what it is going to save; 0 if nothing can go, and then nothing changes. Small modes take small
+        steps, no more than `BITE` of their capacity, unless the goal is infinite.
         """
 
     @abstractmethod
@@ -136,9 +135,7 @@ class UnitMode(Mode):
             return now - budget.with_units(kept)
 
         self.capacity = saved(len(order)) if self.capacity is None else self.capacity
-        if goal < math.inf:
-            goal = min(goal, BITE * self.capacity)
-            order = self._few_of_a_site(order)
+        goal = goal if goal == math.inf else min(goal, BITE * self.capacity)
         low, high = 0, len(order)  # the fewest units that save enough
         while low < high:
             middle = (low + high) // 2
@@ -151,16 +148,6 @@ class UnitMode(Mode):
         for _, key, unit in order[:low]:
             self.going[key][unit] = True
         return saves
-
-    def _few_of_a_site(self, order: list[tuple[float, Unit, int]]) -> list[tuple[float, Unit, int]]:
-        """Of each site no more than its share of one stage."""
-        room = {key: max(1, int(SITE_BITE * len(gone))) for key, gone in self.gone.items()}
-        few = []
-        for score, key, unit in order:
-            if room[key]:
-                room[key] -= 1
-                few.append((score, key, unit))
-        return few
 
     def _ranking(self, found: Findings) -> list[tuple[float, Unit, int]]:
         """(standardised score, site, unit) of what can go, the least first."""
