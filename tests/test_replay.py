@@ -47,6 +47,7 @@ def dropped(anatomy, intervention):
 
 
 def naive(anatomy, objective, tower, intervention, batches):
+    """What the model says; batches need not be replay's."""
     with dropped(anatomy, intervention), torch.no_grad():
         return torch.cat([objective.outputs(anatomy, tower, batch) for batch in batches])
 
@@ -103,11 +104,12 @@ def test_equals_naive(name, stacked_rows, device):
         batches = objective.batches(anatomy, tower, data, batch_size)
         interventions = everything(anatomy, tower, cross=objective.sees_cross_attention)
         outputs, dense = collect(engine(anatomy, objective, tower, batches, stacked_rows=stacked_rows), interventions)
-        plain = torch.cat([objective.outputs(anatomy, tower, batch) for batch in batches])
+        whole = objective.batches(anatomy, tower, data, ROWS)
+        plain = torch.cat([objective.outputs(anatomy, tower, batch) for batch in whole])
         torch.testing.assert_close(dense, plain, rtol=0, atol=1e-5)
         changed = 0
         for intervention, out in zip(interventions, outputs, strict=True):
-            expected = naive(anatomy, objective, tower, intervention, batches)
+            expected = naive(anatomy, objective, tower, intervention, whole)
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m, i=intervention: f"{i}: {m}")
             changed += (expected - plain).abs().max().item() > 1e-3
         # LLaVA reads the vision tower before its last block, so that nothing in there matters.
@@ -129,7 +131,8 @@ def test_equal_values_and_ranks(name, device):
 
         outputs, _ = collect(engine(anatomy, objective, tower, batches), interventions)
         replayed = torch.tensor([value(out) for out in outputs])
-        expected = torch.tensor([value(naive(anatomy, objective, tower, i, batches)) for i in interventions])
+        whole = objective.batches(anatomy, tower, data, len(data))
+        expected = torch.tensor([value(naive(anatomy, objective, tower, i, whole)) for i in interventions])
         torch.testing.assert_close(replayed, expected, rtol=0, atol=1e-5)
         assert_same_order(replayed, expected)
 

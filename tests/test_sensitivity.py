@@ -23,8 +23,8 @@ def naive(anatomy, objective, data, matrix, together) -> float:
             change = perturbation(matrix, draw, sign, draws=DRAWS, eps=STEP)
             pair = ops.perturb(matrix.weight, change.seed, change.tensor_id, change.eps)
             kept, matrix.module.weight.data = matrix.module.weight.data, pair[0 if sign > 0 else 1]
-            outputs = objective.run(anatomy, matrix.tower, data, 4)
-            other = objective.other(anatomy, matrix.tower, data, 4)
+            outputs = objective.run(anatomy, matrix.tower, data, len(data))
+            other = objective.other(anatomy, matrix.tower, data, len(data))
             values.append(objective.values(anatomy, matrix.tower, outputs, other, data).double())
             matrix.module.weight.data = kept
         difference = values[0] - values[1]

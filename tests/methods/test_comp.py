@@ -82,7 +82,7 @@ def test_at_once(task, name):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 def test_every_method(task, method):
     """All meet the target with what is theirs to prune."""
-    model, data, _ = task("blip-digits")
+    model, data, _ = task("blip-digits", validation=8)
     plan = method(flops=0.75, train=False, step=0.1).plan(model, data)
     assert plan.method["reached"]["flops"] <= 0.755
     units = bool(plan.heads or plan.neurons or plan.cross_heads)
@@ -285,7 +285,7 @@ def test_resumes(task, tmp_path, name, cut):
 
     def run(folder, *callbacks):
         model, validation, train = task(name)
-        method = vp.CoMP(validation=validation, **fields(flops=0.75))
+        method = vp.CoMP(validation=validation.subset(12), **fields(flops=0.75))
         vp.train(model, method, train, steps=9, batch_size=8, out=folder, save_steps=2, callbacks=callbacks, seed=3)
         return model, method
 
@@ -366,10 +366,10 @@ from vlprune_ext.models import load_model
 torch.set_num_threads(1)
 loaded = load_model("clip-digits", device="cpu")
 given = {"model": loaded.model, "processor": loaded.processor}
-validation, train = (vp.load_data("digits", split, limit=48, **given) for split in ("validation", "train"))
-validation = validation.subset(24 + 8 * int(os.environ["RANK"]))
-method = vp.CoMP(flops=0.7, interval=2, step=0.1, validation=validation)
-vp.train(loaded.model, method, train, steps=6, batch_size=8, learning_rate=1e-4)
+validation, train = (vp.load_data("digits", split, limit=32, **given) for split in ("validation", "train"))
+validation = validation.subset(12 + 8 * int(os.environ["RANK"]))
+method = vp.CoMP(flops=0.8, interval=2, step=0.1, validation=validation)
+vp.train(loaded.model, method, train, steps=4, batch_size=8, learning_rate=1e-4)
 found = [(stage["mode"], stage["threshold"]) for stage in method.history]
 total = [p.double().sum().item() for p in loaded.model.parameters()]
 every = [None, None]
