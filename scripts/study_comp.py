@@ -33,8 +33,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "CoMP, no exploration": {"rho": 0.0},
     "CoMP, no history": {"history_weight": 0.0},
     "CoMP, modes pruned untried": {"confirm": False},
-    "CoMP, judged when raised": {"judged": "raised"},
-    "CoMP, judged when trained": {"judged": "trained"},
     "CoMP, thresholds not held": {"hold": False},
 }
 NAMES = {method.__name__: method for method in COLLABORATIVE.values()}
