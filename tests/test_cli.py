@@ -184,6 +184,56 @@ def test_prune_by_ecoflap(tiny, tmp_path):
     assert again["after"]["nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
 
 
+def test_prune_by_comp(tiny, tmp_path):
+    """Trains while it prunes; a run that is there already goes on; the report has its stages."""
+    out, report, checkpoints = tmp_path / "out", tmp_path / "r.html", tmp_path / "run"
+    options = ("--method", "comp", "--flops", 0.8, "--interval", 1, "--set", "step=0.1", *FEW, "--batch-size", 8)
+    options = (*options, "--resume", checkpoints, "--out", out, "--report", report)
+    first = run("prune", tiny, *options, "--train-steps", 9, "--json")
+    content = json.loads(first.stdout)
+    method = content["method"]
+    assert [entry["mode"] for entry in method["history"]]
+    assert method["reached"]["flops"] <= 0.81
+    assert content["after"]["flops"] < content["before"]["flops"]
+    assert "<h2>Stages</h2>" in report.read_text(encoding="utf-8")
+    assert (checkpoints / "checkpoint-9").is_dir()
+    pruned = vp.load_pruned(out)
+    assert sum(p.numel() for p in pruned.parameters()) == content["after"]["params"]
+    assert first.stderr == ""
+    again = json.loads(run("prune", tiny, *options[:-4], "--train-steps", 9, "--json").stdout)
+    assert again["method"]["history"] == method["history"]
+    assert again["after"]["recall@1"] == content["after"]["recall@1"]
+
+
+def test_comp_says_when_there_were_too_few_steps(tiny):
+    options = ("--method", "comp", "--flops", 0.8, "--interval", 1, *FEW, "--batch-size", 8, "--train-steps", 2)
+    said = " ".join(run("prune", tiny, *options).stderr.split())
+    assert re.search(
+        r"warning: CoMP: training ended with 0\.\d+ of the FLOPs left, the target was 0\.8; train longer", said
+    )
+
+
+def test_what_comp_decides_by_is_what_is_told():
+    """A model that answers questions is judged by its answers, before and after."""
+    options = ("blip-digits", "--method", "comp", "--set", "train=false", "--flops", 0.95, *FEW, "--json")
+    content = json.loads(run("prune", *options).stdout)
+    assert "exact_match" in content["before"]
+    assert "exact_match" in content["after"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "mope", "--resume", "run"), "--resume: run, expected one method that trains; there are 0"),
+        (("--method", "comp", "--set", "judged=later"), "judged: 'later', expected one of both, raised, trained"),
+        (("--method", "comp", "--flops", 1.5), "flops: 1.5, expected the share to keep"),
+        (("--method", "comp", "--sparsity", 0.5), "--sparsity: not a field of comp"),
+    ],
+)
+def test_comp_refuses(tiny, options, message):
+    assert message in refused("prune", tiny, *options, code=2)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

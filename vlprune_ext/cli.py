@@ -268,6 +268,7 @@ def prune(
     quiet()
     import vlprune_ext as vp
 
+    from .anatomy import describe
     from .data.digits import DIGITS, DIGITS_QUESTIONS
     from .methods import CoMP
     from .pipeline import prune_in_training, recover
@@ -289,6 +290,9 @@ def prune(
         test_data = data
     test = None if test_data is None else read_data(loaded, test_data, test_split, test_limit, seed)
 
+    if metric is None:  # that of the methods that decide by it, as far as there are some
+        judged = [way.accuracy(describe(loaded.model)).name for way in ways.values() if isinstance(way, CoMP)]
+        metric = judged[0] if judged else None
     scores: dict[type, Any] = {}  # of a method: the same for every sparsity
     before: dict[str, float] | None = None  # the same for all
 

@@ -90,6 +90,8 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", message="CoMP: ")  # ours
+    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
 
 
 @contextlib.contextmanager

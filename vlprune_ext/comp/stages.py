@@ -18,7 +18,6 @@ from torch import nn
 
 from ..anatomy import describe
 from ..data import Data
-from ..objectives import objective_named
 from ..patch import Patches
 from ..plan import Plan
 from .masks import Findings, Masks, examine, inputs_of
@@ -64,10 +63,7 @@ class Stages:
     def __init__(self, method: CoMP, model: nn.Module, validation: Data) -> None:
         self.method, self.model = method, model
         self.anatomy = describe(model)
-        objective = method.objective
-        if objective is None:
-            objective = "retrieval" if set(self.anatomy.family.embed) == {"vision", "text"} else "exact_match"
-        self.objective = objective_named(objective, self.anatomy)
+        self.objective = method.accuracy(self.anatomy)
         self.patches = Patches()
         self.masks = Masks(self.anatomy, heads_vote=method.cit)
         try:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from ..anatomy import Anatomy
 from ..comp.modes import MODES
 from ..comp.scalars import Board, of_stage
 from ..comp.stages import CLOSE, Stages
@@ -124,6 +125,11 @@ class CoMP(TrainerCallback, ExportableState):
         if self.modes is not None:
             found["modes"] = list(self.modes)
         return {"name": self.name, **found}
+
+    def accuracy(self, anatomy: Anatomy) -> Objective:
+        """What accuracy is on a model."""
+        usual = "retrieval" if set(anatomy.family.embed) == {"vision", "text"} else "exact_match"
+        return objective_named(usual if self.objective is None else self.objective, anatomy)
 
     # --- what differs between CoMP and its baselines -----------------------------------------------------------------
 
