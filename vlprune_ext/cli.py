@@ -290,9 +290,9 @@ def prune(
         test_data = data
     test = None if test_data is None else read_data(loaded, test_data, test_split, test_limit, seed)
 
-    if metric is None:  # that of the methods that decide by it, as far as there are some
-        judged = [way.accuracy(describe(loaded.model)).name for way in ways.values() if isinstance(way, CoMP)]
-        metric = judged[0] if judged else None
+    if metric is None:  # what CoMP decides by is what its user wants to see
+        judges = (way.objective_for(describe(loaded.model)) for way in ways.values() if isinstance(way, CoMP))
+        metric = next((judge.name for judge in judges), None)
     scores: dict[type, Any] = {}  # of a method: the same for every sparsity
     before: dict[str, float] | None = None  # the same for all
 

@@ -90,7 +90,7 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("always", message="CoMP: ")  # ours
+    warnings.filterwarnings("always", message="CoMP: ")  # the package's own: a user has to know
     warnings.showwarning = lambda message, *_: note(f"warning: {message}")
 
 

@@ -63,7 +63,7 @@ class Stages:
     def __init__(self, method: CoMP, model: nn.Module, validation: Data) -> None:
         self.method, self.model = method, model
         self.anatomy = describe(model)
-        self.objective = method.accuracy(self.anatomy)
+        self.objective = method.objective_for(self.anatomy)
         self.patches = Patches()
         self.masks = Masks(self.anatomy, heads_vote=method.cit)
         try:

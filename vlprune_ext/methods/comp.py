@@ -126,8 +126,8 @@ class CoMP(TrainerCallback, ExportableState):
             found["modes"] = list(self.modes)
         return {"name": self.name, **found}
 
-    def accuracy(self, anatomy: Anatomy) -> Objective:
-        """What accuracy is on a model."""
+    def objective_for(self, anatomy: Anatomy) -> Objective:
+        """What accuracy is, of a model of this anatomy: `objective`, or what is usual for its kind."""
         usual = "retrieval" if set(anatomy.family.embed) == {"vision", "text"} else "exact_match"
         return objective_named(usual if self.objective is None else self.objective, anatomy)
 
