@@ -10,6 +10,8 @@ export CUDAARCHS
 # Compilers at once; each nvcc takes about 1 GB.
 CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 export CMAKE_BUILD_PARALLEL_LEVEL
+# Many processes start in the tests: torch and transformers take 4 s each to import, 9 s where bytecode is not kept.
+export PYTHONDONTWRITEBYTECODE =
 
 ifeq ($(VENV),none)
   PY        := $(PYTHON)
@@ -36,7 +38,7 @@ BUILD_STAMP := build/stamps/$(BUILD_KEY)
 env: $(ENV_STAMP)
 
 $(VENV)/.env-stamp: constraints.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv --upgrade-deps $(VENV)  # a current pip takes half the time
 	$(VENV)/bin/python -m pip install -q --no-compile -r constraints.txt  # what is imported gets compiled then
 	touch $@
 

@@ -22,21 +22,22 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// `where` is the thread count for the CPU and the stream's address for CUDA.
-template <auto Launch, typename Args, typename Where>
-void launch(const Args& args, Where where) {
+// `where` is the stream's address for CUDA and the number of threads for the CPU: one type, so that both functions of
+// an op have one signature, which pybind11 compiles once.
+template <auto Launch, typename Args>
+void launch(const Args& args, std::uintptr_t where) {
   py::gil_scoped_release release;
-  if constexpr (std::is_same_v<Where, int>) {
-    Launch(args, where);
-  } else {
+  if constexpr (std::is_invocable_v<decltype(Launch), const Args&, void*>) {
     Launch(args, pointer<void>(where));
+  } else {
+    Launch(args, static_cast<int>(where));
   }
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void leave_one_out(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t base, std::uintptr_t out,
                    const std::vector<int64_t>& groups, int64_t n, int64_t d, int64_t group_size, int64_t x_stride,
-                   int64_t weight_stride, int64_t base_stride, int dtype, Where where) {
+                   int64_t weight_stride, int64_t base_stride, int dtype, std::uintptr_t where) {
   vlprune::LeaveOneOut args{};
   args.x = pointer<const void>(x);
   args.weight = pointer<const void>(weight);
@@ -54,10 +55,10 @@ void leave_one_out(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t base,
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void retrieval_rank(std::uintptr_t query, std::uintptr_t gallery, std::uintptr_t positives, std::uintptr_t best,
                     std::uintptr_t rank, int64_t v, int64_t n, int64_t m, int64_t d, int64_t p, bool shared_gallery,
-                    int dtype, Where where) {
+                    int dtype, std::uintptr_t where) {
   vlprune::RetrievalRank args{};
   args.query = pointer<const void>(query);
   args.gallery = pointer<const void>(gallery);
@@ -74,9 +75,9 @@ void retrieval_rank(std::uintptr_t query, std::uintptr_t gallery, std::uintptr_t
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void column_norm_sq(std::uintptr_t acc, std::uintptr_t x, std::uintptr_t token_weight, std::uintptr_t partial,
-                    int64_t n, int64_t in, int64_t x_stride, int dtype, Where where) {
+                    int64_t n, int64_t in, int64_t x_stride, int dtype, std::uintptr_t where) {
   vlprune::ColumnNormSq args{};
   args.acc = pointer<float>(acc);
   args.x = pointer<const void>(x);
@@ -97,8 +98,9 @@ vlprune::Keys keys_of(const KeysTuple& keys) {
   return {pointer<const void>(weight), pointer<const float>(scale), out, in, stride, static_cast<DType>(dtype)};
 }
 
-template <auto Launch, typename Where>
-void prune_smallest(const KeysTuple& keys, std::uintptr_t mask, int64_t k, std::uintptr_t k_of_row, Where where) {
+template <auto Launch>
+void prune_smallest(const KeysTuple& keys, std::uintptr_t mask, int64_t k, std::uintptr_t k_of_row,
+                    std::uintptr_t where) {
   vlprune::PruneSmallest args{};
   args.keys = keys_of(keys);
   args.weight = pointer<void>(std::get<0>(keys));
@@ -108,8 +110,8 @@ void prune_smallest(const KeysTuple& keys, std::uintptr_t mask, int64_t k, std::
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
-void prune_nm(const KeysTuple& keys, std::uintptr_t mask, int64_t n, int64_t m, Where where) {
+template <auto Launch>
+void prune_nm(const KeysTuple& keys, std::uintptr_t mask, int64_t n, int64_t m, std::uintptr_t where) {
   vlprune::PruneNM args{};
   args.keys = keys_of(keys);
   args.weight = pointer<void>(std::get<0>(keys));
@@ -119,8 +121,9 @@ void prune_nm(const KeysTuple& keys, std::uintptr_t mask, int64_t n, int64_t m, 
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
-void key_histogram(const KeysTuple& keys, std::uintptr_t counts, std::uintptr_t prefix, int64_t level, Where where) {
+template <auto Launch>
+void key_histogram(const KeysTuple& keys, std::uintptr_t counts, std::uintptr_t prefix, int64_t level,
+                   std::uintptr_t where) {
   vlprune::KeyHistogram args{};
   args.keys = keys_of(keys);
   args.counts = pointer<int64_t>(counts);
@@ -129,9 +132,9 @@ void key_histogram(const KeysTuple& keys, std::uintptr_t counts, std::uintptr_t 
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void count_keys(const KeysTuple& keys, std::uintptr_t threshold, std::uintptr_t below, std::uintptr_t equal,
-                Where where) {
+                std::uintptr_t where) {
   vlprune::CountKeys args{};
   args.keys = keys_of(keys);
   args.threshold = pointer<const int64_t>(threshold);
@@ -140,9 +143,9 @@ void count_keys(const KeysTuple& keys, std::uintptr_t threshold, std::uintptr_t 
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void perturb(std::uintptr_t weight, std::uintptr_t plus, std::uintptr_t minus, int64_t count, uint64_t seed,
-             uint64_t tensor, float eps, int dtype, Where where) {
+             uint64_t tensor, float eps, int dtype, std::uintptr_t where) {
   vlprune::Perturb args{};
   args.weight = pointer<const void>(weight);
   args.plus = pointer<void>(plus);
@@ -158,12 +161,12 @@ void perturb(std::uintptr_t weight, std::uintptr_t plus, std::uintptr_t minus, i
 // (batch, head, token)
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void attention_importance(std::uintptr_t q, std::uintptr_t k, std::uintptr_t lse, std::uintptr_t head_weight,
                           std::uintptr_t query_weight, std::uintptr_t key_mask, std::uintptr_t partial,
                           std::uintptr_t out, int64_t b, int64_t h, int64_t hkv, int64_t tq, int64_t tk, int64_t d,
                           int64_t parts, const Strides& q_strides, const Strides& k_strides, int64_t head_weight_stride,
-                          float scale, bool max, bool causal, int dtype, Where where) {
+                          float scale, bool max, bool causal, int dtype, std::uintptr_t where) {
   vlprune::AttentionImportance args{};
   args.q = pointer<const void>(q);
   args.k = pointer<const void>(k);
@@ -190,9 +193,9 @@ void attention_importance(std::uintptr_t q, std::uintptr_t k, std::uintptr_t lse
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void select_tokens(std::uintptr_t score, std::uintptr_t protect, std::uintptr_t index, int64_t rows, int64_t tokens,
-                   int64_t keep, int64_t score_stride, int64_t protect_stride, int dtype, Where where) {
+                   int64_t keep, int64_t score_stride, int64_t protect_stride, int dtype, std::uintptr_t where) {
   vlprune::SelectTokens args{};
   args.score = pointer<const void>(score);
   args.protect = pointer<const uint8_t>(protect);
@@ -206,10 +209,11 @@ void select_tokens(std::uintptr_t score, std::uintptr_t protect, std::uintptr_t 
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void diverse_tokens(std::uintptr_t x, std::uintptr_t candidate, std::uintptr_t keep_of_sample, std::uintptr_t kept,
                     std::uintptr_t gram, std::uintptr_t scale, std::uintptr_t closest, int64_t batch, int64_t tokens,
-                    int64_t d, int64_t keep, int64_t batch_stride, int64_t token_stride, int dtype, Where where) {
+                    int64_t d, int64_t keep, int64_t batch_stride, int64_t token_stride, int dtype,
+                    std::uintptr_t where) {
   vlprune::DiverseTokens args{};
   args.x = pointer<const void>(x);
   args.candidate = pointer<const uint8_t>(candidate);
@@ -242,9 +246,9 @@ std::vector<vlprune::TokenTensor> token_tensors(const std::vector<TokenTuple>& t
   return tensors;
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void compact_tokens(std::uintptr_t index, const std::vector<TokenTuple>& tuples, int64_t batch, int64_t keep,
-                    int64_t tokens, Where where) {
+                    int64_t tokens, std::uintptr_t where) {
   const std::vector<vlprune::TokenTensor> tensors = token_tensors(tuples);
   vlprune::CompactTokens args{};
   args.index = pointer<const int64_t>(index);
@@ -256,11 +260,11 @@ void compact_tokens(std::uintptr_t index, const std::vector<TokenTuple>& tuples,
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void match_tokens(std::uintptr_t key, std::uintptr_t target, std::uintptr_t source, std::uintptr_t similarity,
                   std::uintptr_t match, std::uintptr_t lists, std::uintptr_t counts, std::uintptr_t inverse,
                   std::uintptr_t gathered, int64_t b, int64_t t, int64_t d, int64_t slots, int64_t depth,
-                  int64_t batch_stride, int64_t token_stride, int dtype, Where where) {
+                  int64_t batch_stride, int64_t token_stride, int dtype, std::uintptr_t where) {
   vlprune::MatchTokens args{};
   args.key = pointer<const void>(key);
   args.target = pointer<const uint8_t>(target);
@@ -282,10 +286,11 @@ void match_tokens(std::uintptr_t key, std::uintptr_t target, std::uintptr_t sour
   launch<Launch>(args, where);
 }
 
-template <auto Launch, typename Where>
+template <auto Launch>
 void merge_tokens(std::uintptr_t index, std::uintptr_t match, std::uintptr_t size, std::uintptr_t total,
                   std::uintptr_t lists, std::uintptr_t ends, const std::vector<TokenTuple>& tuples,
-                  const std::vector<int32_t>& dtypes, int64_t batch, int64_t keep, int64_t tokens, Where where) {
+                  const std::vector<int32_t>& dtypes, int64_t batch, int64_t keep, int64_t tokens,
+                  std::uintptr_t where) {
   const std::vector<vlprune::TokenTensor> tensors = token_tensors(tuples);
   vlprune::MergeTokens args{};
   args.index = pointer<const int64_t>(index);
@@ -306,27 +311,27 @@ void merge_tokens(std::uintptr_t index, std::uintptr_t match, std::uintptr_t siz
 }  // namespace
 
 // Every launcher of a namespace, as functions of the submodule.
-#define VLPRUNE_BIND(module, where, Where)                                                                 \
-  module.def("leave_one_out", &leave_one_out<&vlprune::where::leave_one_out, Where>);                      \
-  module.def("retrieval_rank", &retrieval_rank<&vlprune::where::retrieval_rank, Where>);                   \
-  module.def("column_norm_sq", &column_norm_sq<&vlprune::where::column_norm_sq, Where>);                   \
-  module.def("prune_smallest", &prune_smallest<&vlprune::where::prune_smallest, Where>);                   \
-  module.def("prune_nm", &prune_nm<&vlprune::where::prune_nm, Where>);                                     \
-  module.def("key_histogram", &key_histogram<&vlprune::where::key_histogram, Where>);                      \
-  module.def("count_keys", &count_keys<&vlprune::where::count_keys, Where>);                               \
-  module.def("perturb", &perturb<&vlprune::where::perturb, Where>);                                        \
-  module.def("attention_importance", &attention_importance<&vlprune::where::attention_importance, Where>); \
-  module.def("select_tokens", &select_tokens<&vlprune::where::select_tokens, Where>);                      \
-  module.def("diverse_tokens", &diverse_tokens<&vlprune::where::diverse_tokens, Where>);                   \
-  module.def("compact_tokens", &compact_tokens<&vlprune::where::compact_tokens, Where>);                   \
-  module.def("match_tokens", &match_tokens<&vlprune::where::match_tokens, Where>);                         \
-  module.def("merge_tokens", &merge_tokens<&vlprune::where::merge_tokens, Where>)
+#define VLPRUNE_BIND(module, where)                                                                 \
+  module.def("leave_one_out", &leave_one_out<&vlprune::where::leave_one_out>);                      \
+  module.def("retrieval_rank", &retrieval_rank<&vlprune::where::retrieval_rank>);                   \
+  module.def("column_norm_sq", &column_norm_sq<&vlprune::where::column_norm_sq>);                   \
+  module.def("prune_smallest", &prune_smallest<&vlprune::where::prune_smallest>);                   \
+  module.def("prune_nm", &prune_nm<&vlprune::where::prune_nm>);                                     \
+  module.def("key_histogram", &key_histogram<&vlprune::where::key_histogram>);                      \
+  module.def("count_keys", &count_keys<&vlprune::where::count_keys>);                               \
+  module.def("perturb", &perturb<&vlprune::where::perturb>);                                        \
+  module.def("attention_importance", &attention_importance<&vlprune::where::attention_importance>); \
+  module.def("select_tokens", &select_tokens<&vlprune::where::select_tokens>);                      \
+  module.def("diverse_tokens", &diverse_tokens<&vlprune::where::diverse_tokens>);                   \
+  module.def("compact_tokens", &compact_tokens<&vlprune::where::compact_tokens>);                   \
+  module.def("match_tokens", &match_tokens<&vlprune::where::match_tokens>);                         \
+  module.def("merge_tokens", &merge_tokens<&vlprune::where::merge_tokens>)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of vlprune_ext; called through vlprune_ext.ops.";
 
   py::module_ cpu = m.def_submodule("cpu", "Launchers for CPU tensors; the last argument is the number of threads.");
-  VLPRUNE_BIND(cpu, cpu, int);
+  VLPRUNE_BIND(cpu, cpu);
   cpu.def("isa", [] { return std::string(vlprune::cpu::isa_name(vlprune::cpu::isa())); });
   cpu.def("available_isas", [] {
     using vlprune::cpu::Isa;
@@ -344,7 +349,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
 #if VLPRUNE_CUDA_BUILT
   py::module_ cuda = m.def_submodule("cuda", "Launchers for CUDA tensors; the last argument is the stream's address.");
-  VLPRUNE_BIND(cuda, cuda, std::uintptr_t);
+  VLPRUNE_BIND(cuda, cuda);
   m.attr("cuda_built") = true;
   m.attr("cuda_version") = VLPRUNE_CUDA_VERSION;
   m.attr("cuda_archs") = VLPRUNE_CUDA_ARCHS;

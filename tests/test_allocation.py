@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from vlprune_ext.allocation import allocate, keep_count, round_shares
 
 
-@settings(max_examples=10_000, deadline=None, derandomize=True)
+@settings(max_examples=1_000, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**64), sparsity=st.floats(0, 0.999), above=st.floats(0, 0.3))
 def test_the_budget_is_met_exactly(seed, sparsity, above):
+    """10,000 allocations, ten for each sparsity."""
     draw = random.Random(seed)
-    count = draw.randint(1, 8)
-    sizes = [
-        draw.choice([0, 1, draw.randint(2, 9), draw.randint(1, 10**6), draw.randint(1, 10**11)]) for _ in range(count)
-    ]
-    importance = [draw.choice([0.0, 5e-324, draw.random(), 10 ** draw.uniform(-320, 300)]) for _ in range(count)]
-    keep = keep_count(sum(sizes), sparsity)
-    assert keep == math.floor(sum(sizes) * (1 - Fraction(repr(sparsity))))
-    floors = [keep_count(size, min(1.0, sparsity + above)) for size in sizes]
-    kept = allocate(importance, sizes, keep, floors)
-    assert sum(kept) == keep
-    assert all(floor <= k <= size for floor, k, size in zip(floors, kept, sizes, strict=True))
+    for _ in range(10):
+        count = range(draw.randint(1, 8))
+        sizes = [draw.choice([0, 1, draw.randint(2, 9), draw.randint(1, 10**6), draw.randint(1, 10**11)]) for _ in count]
+        importance = [draw.choice([0.0, 5e-324, draw.random(), 10 ** draw.uniform(-320, 300)]) for _ in count]
+        keep = keep_count(sum(sizes), sparsity)
+        assert keep == math.floor(sum(sizes) * (1 - Fraction(repr(sparsity))))
+        floors = [keep_count(size, min(1.0, sparsity + above)) for size in sizes]
+        kept = allocate(importance, sizes, keep, floors)
+        assert sum(kept) == keep
+        assert all(floor <= k <= size for floor, k, size in zip(floors, kept, sizes, strict=True))
 
 
 def test_shares_follow_importance():

@@ -330,7 +330,7 @@ def test_several_sparsities(tmp_path, monkeypatch):
     score = ECoFLaP._score
     monkeypatch.setattr(ECoFLaP, "_score", lambda self, *args: calls.append(self) or score(self, *args))
     fields = ["--method", "ecoflap", "--method", "wanda", "--sparsity", "0.5,0.25,0.75", "--estimator", "first-order"]
-    data = ["--data", "digits-questions", "--limit", "8", "--test-limit", "8", "--metric", "exact_match"]
+    data = ["--data", "digits-questions", "--limit", "4", "--test-limit", "4", "--metric", "exact_match"]
     content = json.loads(run("prune", "llava-digits", *data, *fields, "--out", tmp_path / "out", "--json").stdout)
     assert len(calls) == 1
     others = content["comparisons"]

@@ -265,7 +265,7 @@ def test_scalars_of_a_stage():
     }
 
 
-def trained(folder, report_to, steps=9, *callbacks):
+def trained(folder, report_to, steps=7, *callbacks):
     """A model after a few steps, its method and the state of its Trainer."""
     loaded = load_model("clip-digits", device="cpu")
     model = loaded.model

@@ -52,7 +52,7 @@ def naive(anatomy, objective, tower, intervention, batches):
         return torch.cat([objective.outputs(anatomy, tower, batch) for batch in batches])
 
 
-def everything(anatomy, tower, *, neurons=16, cross=True):
+def everything(anatomy, tower, *, neurons=32, cross=True):
     """Every head, group of neurons and layer, and some sets of units that lie apart."""
     found = []
     for layer, block in enumerate(anatomy.tower(tower).blocks):
@@ -277,7 +277,7 @@ def test_clip_digits(device):
     data = load_data("digits", split="calibration", model=model, limit=24)
     for tower in ("vision", "text"):
         batches = objective.batches(anatomy, tower, data, 24)
-        interventions = everything(anatomy, tower, neurons=64)
+        interventions = everything(anatomy, tower, neurons=128)
         other = objective.other(anatomy, tower, data, 24)
         outputs, _ = collect(engine(anatomy, objective, tower, batches), interventions)
         values = []

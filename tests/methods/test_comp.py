@@ -62,12 +62,12 @@ def test_at_once(task, name):
     metric = "retrieval" if name == "clip-digits" else "exact_match"
     vp.evaluate(model, data, metric)
     before, hooked = weights(model), hooks(model)
-    method = vp.CoMP(flops=0.7, train=False, step=0.1)
+    method = vp.CoMP(flops=0.85, train=False, step=0.1)
     plan = method.plan(model, data)
     assert hooks(model) == hooked
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
     reached = plan.method["reached"]
-    assert reached["flops"] <= 0.7 + 0.005
+    assert reached["flops"] <= 0.85 + 0.005
     assert {entry["mode"] for entry in method.history} <= set(MODES)
     assert [entry["flops"][1] for entry in method.history] == [entry["flops"][0] for entry in method.history[1:]] + [
         method.history[-1]["flops"][1]
@@ -99,7 +99,7 @@ def test_every_method(task, method):
 
 def test_sequential_and_simultaneous(task):
     model, data, _ = task("clip-digits")
-    first = vp.JointSequential(flops=0.75, train=False, step=0.1)
+    first = vp.JointSequential(flops=0.75, train=False, step=0.13)
     first.plan(model, data)
     modes = [entry["mode"] for entry in first.history]
     assert modes == sorted(modes)  # "parameters" before "tokens"
@@ -114,7 +114,7 @@ def test_the_same_again(task):
     model, data, _ = task("blip-digits", validation=8)
 
     def run(**fields):
-        method = vp.CoMP(flops=0.85, train=False, step=0.08, **fields)
+        method = vp.CoMP(flops=0.9, train=False, step=0.06, **fields)
         method.plan(model, data)
         return [(entry["mode"], entry["threshold"], entry["cost"]) for entry in method.history]
 
@@ -125,8 +125,9 @@ def test_the_same_again(task):
 
 def test_greedy_takes_the_cheapest(task):
     model, data, _ = task("blip-digits", validation=8)
-    method = vp.CoMP(flops=0.7, train=False, step=0.1, rho=0.0)
+    method = vp.CoMP(flops=0.8, train=False, step=0.08, rho=0.0)
     method.plan(model, data)
+    assert len(method.history) > 2
     for entry in method.history:
         assert not entry["explored"]
         assert entry["costs"][entry["mode"]] == min(entry["costs"].values())
@@ -227,7 +228,7 @@ def test_heads_that_go_take_no_tokens(task, hold):
 def test_fixed_numbers_of_tokens(task):
     """tokens="keep": every image keeps the same number, near the mean of what thresholds kept."""
     model, data, _ = task("clip-digits")
-    plan = vp.TokensOnly(flops=0.7, train=False, tokens="keep").plan(model, data)
+    plan = vp.TokensOnly(flops=0.7, train=False, tokens="keep", step=0.15).plan(model, data)
     keep = plan.tokens["vision"]["keep"]
     assert len(keep) == 6
     assert keep == sorted(keep, reverse=True)
@@ -261,7 +262,7 @@ def test_training(task, name):
                 soft.extend(float(mask.max()) for mask in (m[m < 1] for m in run.masks.units.values()) if len(mask))
                 soft.extend(limit.soft for limit in run.masks.flow.thresholds.values())
 
-    vp.train(model, method, train, steps=11, batch_size=8, learning_rate=1e-5, callbacks=[Look()])
+    vp.train(model, method, train, steps=9, batch_size=8, learning_rate=1e-5, callbacks=[Look()])
     record = model.vlprune["plans"][-1]["plan"]
     assert record["method"]["reached"]["flops"] <= 0.85 + 0.03  # tokens may come back while it learns
     assert method._stages is None
@@ -271,7 +272,7 @@ def test_training(task, name):
 
 
 @pytest.mark.filterwarnings("ignore:CoMP. training ended")
-@pytest.mark.parametrize(("name", "cut"), [("clip-digits", 3), ("blip-digits", 7)])  # BLIP ties weights
+@pytest.mark.parametrize(("name", "cut"), [("clip-digits", 3), ("blip-digits", 5)])  # BLIP ties weights
 def test_resumes(task, tmp_path, name, cut):
     """A run that is killed at some step goes on to the same modes, thresholds, weights and numbers."""
 
@@ -286,7 +287,7 @@ def test_resumes(task, tmp_path, name, cut):
     def run(folder, *callbacks):
         model, validation, train = task(name)
         method = vp.CoMP(validation=validation.subset(12), **fields(flops=0.75))
-        vp.train(model, method, train, steps=9, batch_size=8, out=folder, save_steps=2, callbacks=callbacks, seed=3)
+        vp.train(model, method, train, steps=6, batch_size=8, out=folder, save_steps=2, callbacks=callbacks, seed=3)
         return model, method
 
     whole, method = run(tmp_path / "whole")
@@ -295,6 +296,7 @@ def test_resumes(task, tmp_path, name, cut):
     (tmp_path / "cut" / f"checkpoint-{cut + 5}").mkdir()  # as if it had been killed while it wrote
     again, resumed = run(tmp_path / "cut")
     assert resumed.history == method.history
+    assert len(method.history) > 1
     assert again.vlprune["plans"][-1]["plan"] == whole.vlprune["plans"][-1]["plan"]
     for (path, p), (_, q) in zip(again.named_parameters(), whole.named_parameters(), strict=True):
         assert torch.equal(p, q), path

@@ -339,17 +339,16 @@ def test_another_stream(dtype):
 
 @pytest.mark.large
 @pytest.mark.parametrize("queries", [1, 12])
-def test_keys_past_2_31_elements(queries, device):
-    """A batch of two whose second sample starts past 2^31 elements, of which few keys are looked at."""
-    heads, d = 64, 256
-    tk = 2**31 // (heads * d) // 2 + 100
-    k = torch.zeros(2, tk, heads, d, dtype=torch.float16, device=device).transpose(1, 2)
-    k[1, -1, -1] = 1
-    q = torch.ones(2, heads, queries, d, dtype=torch.float16, device=device)
-    lse = torch.zeros(2, heads, queries, device=device)
-    out = ops.attention_importance(q, k, lse, scale=1 / d)
-    assert out[0, -1] == queries * heads
-    torch.testing.assert_close(out[1, -1].item(), queries * (heads - 1 + torch.e))
+@pytest.mark.parametrize("far", [0, 1, 2], ids=["sample", "head", "token"])
+def test_keys_past_2_31_elements(far, queries, device):
+    """The last sample, head or token starts past 2^31 elements; what lies between is never looked at."""
+    q, k = make((2, 2, 2, queries, 3, 8), torch.float16, device)
+    lse = lse_of(q, k)
+    strides = list(k.contiguous().stride())
+    strides[far] = 2**31 // (k.shape[far] - 1) + 8
+    last = sum((size - 1) * stride for size, stride in zip(k.shape, strides, strict=True))
+    apart = torch.empty(last + 1, dtype=k.dtype, device=device).as_strided(k.shape, strides).copy_(k)
+    assert torch.equal(ops.attention_importance(q, apart, lse), ops.attention_importance(q, k, lse))
 
 
 def bad(**changes):
