@@ -17,9 +17,10 @@ def test_the_budget_is_met_exactly(seed, sparsity, above):
     """10,000 allocations, ten for each sparsity."""
     draw = random.Random(seed)
     for _ in range(10):
-        count = range(draw.randint(1, 8))
-        sizes = [draw.choice([0, 1, draw.randint(2, 9), draw.randint(1, 10**6), draw.randint(1, 10**11)]) for _ in count]
-        importance = [draw.choice([0.0, 5e-324, draw.random(), 10 ** draw.uniform(-320, 300)]) for _ in count]
+        groups = range(draw.randint(1, 8))
+        most = [10 ** draw.choice([1, 6, 11]) for _ in groups]
+        sizes = [draw.choice([0, 1, draw.randint(2, m)]) for m in most]
+        importance = [draw.choice([0.0, 5e-324, draw.random(), 10 ** draw.uniform(-320, 300)]) for _ in groups]
         keep = keep_count(sum(sizes), sparsity)
         assert keep == math.floor(sum(sizes) * (1 - Fraction(repr(sparsity))))
         floors = [keep_count(size, min(1.0, sparsity + above)) for size in sizes]

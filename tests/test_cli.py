@@ -127,7 +127,7 @@ def test_score_json_is_all_there_is_on_stdout(tiny, tmp_path):
     assert result.stderr == ""
 
 
-def test_prune_save_evaluate_and_report_again(tiny, tmp_path):
+def test_prune_save_evaluate_and_report_again(tiny, tmp_path, charts):
     out, report, plan = tmp_path / "deep" / "pruned", tmp_path / "r.html", tmp_path / "plan.json"
     result = run(
         *("prune", tiny, *SMALL, "--steps", 2, "--test-limit", 20, "--distill-steps", 1, "--set", "exact=false"),
@@ -184,7 +184,7 @@ def test_prune_by_ecoflap(tiny, tmp_path):
     assert again["after"]["nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
 
 
-def test_prune_by_comp(tiny, tmp_path):
+def test_prune_by_comp(tiny, tmp_path, charts):
     """Trains while it prunes; a run that is there already goes on; the report has its stages."""
     out, report, checkpoints = tmp_path / "out", tmp_path / "r.html", tmp_path / "run"
     options = ("--method", "comp", "--flops", 0.8, "--interval", 1, "--set", "step=0.1", *FEW, "--batch-size", 8)
@@ -299,7 +299,7 @@ def test_own_data(tiny, tmp_path):
     assert content["data"]["name"] == "pairs.jsonl"
 
 
-def test_demo_saves_reloads_and_reports(tiny, tmp_path, monkeypatch):
+def test_demo_saves_reloads_and_reports(tiny, tmp_path, monkeypatch, charts):
     monkeypatch.setattr(demo, "CLIP", str(tiny))
     sizes = {"CALIBRATION": 8, "TEST": 20, "TRAIN": 16, "DISTILL_STEPS": 1, "SPARSITIES": (0.5,)}
     for name, value in sizes.items():

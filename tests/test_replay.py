@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import contextmanager
 
 import pytest
@@ -103,6 +104,9 @@ def test_equals_naive(name, stacked_rows, device):
     for tower in objective.towers(anatomy):
         batches = objective.batches(anatomy, tower, data, batch_size)
         interventions = everything(anatomy, tower, cross=objective.sees_cross_attention)
+        if name not in ("clip", "siglip", "llava"):  # these are looked at whole, the rest by a third
+            some = random.Random(0).sample(range(len(interventions)), len(interventions) // 3)
+            interventions = [one for i, one in enumerate(interventions) if i in some or one.kind == "layer"]
         outputs, dense = collect(engine(anatomy, objective, tower, batches, stacked_rows=stacked_rows), interventions)
         whole = objective.batches(anatomy, tower, data, ROWS)
         plain = torch.cat([objective.outputs(anatomy, tower, batch) for batch in whole])

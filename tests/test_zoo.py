@@ -435,7 +435,7 @@ def test_left_padding_changes_no_answer(llava):
 
 
 def test_it_generates_what_its_card_counts(answering, train_zoo):
-    scenes = DigitScenes("test", 100)
+    scenes = DigitScenes("test", 50)
     questions = scenes.asked()
     folder = Path(answering.source)
     recipe = train_zoo.RECIPES[folder.name]()
