@@ -24,6 +24,35 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def untrained_clip(tmp_path_factory) -> Path:
+    """A CLIP of two and two layers, two heads and 64 neurons each, with the processor of clip-digits."""
+    import transformers  # slow to import
+
+    from vlprune_ext import zoo
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    processor = transformers.AutoProcessor.from_pretrained(zoo.path("clip-digits"))
+    tokenizer = processor.tokenizer
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = transformers.CLIPConfig(
+        vision_config={**size, "image_size": 48, "patch_size": 16},
+        text_config={
+            **size,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 32,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def charts(monkeypatch) -> dict:
     """The charts that pages show, by title; the pages hold their titles in their place, which takes less time."""

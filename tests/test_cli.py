@@ -35,29 +35,9 @@ def _noise():
     transformers.utils.logging.enable_progress_bar()
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A CLIP of two and two layers, two heads and 64 neurons each, with the processor of clip-digits."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    processor = transformers.AutoProcessor.from_pretrained(vp.zoo.path("clip-digits"))
-    tokenizer = processor.tokenizer
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    config = transformers.CLIPConfig(
-        vision_config={**size, "image_size": 48, "patch_size": 16},
-        text_config={
-            **size,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 32,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def tiny(untrained_clip) -> Path:
+    return untrained_clip
 
 
 def run(*args: object, code: int = 0):

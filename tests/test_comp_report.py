@@ -265,15 +265,15 @@ def test_scalars_of_a_stage():
     }
 
 
-def trained(folder, report_to, steps=7, *callbacks):
+def trained(source, folder, report_to, steps=7, *callbacks):
     """A model after a few steps, its method and the state of its Trainer."""
-    loaded = load_model("clip-digits", device="cpu")
+    loaded = load_model(str(source), device="cpu")
     model = loaded.model
     data = [
         vp.load_data("digits", split, model=model, processor=loaded.processor, limit=limit)
         for split, limit in (("validation", 16), ("train", 32))
     ]
-    method = vp.CoMP(validation=data[0], flops=0.7, interval=2, step=0.1)
+    method = vp.CoMP(validation=data[0], flops=0.85, interval=2, step=0.1)
 
     class Keep(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -294,12 +294,12 @@ def trained(folder, report_to, steps=7, *callbacks):
     return model, method, keep.state
 
 
-def test_tensorboard_and_the_log_hold_every_stage(tmp_path, monkeypatch):
+def test_tensorboard_and_the_log_hold_every_stage(untrained_clip, tmp_path, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")  # not on every GPU machine
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     times = itertools.count()  # the clock goes on between the Trainer's callback and CoMP
     monkeypatch.setattr(integration_utils, "default_logdir", lambda: f"runs/{next(times)}")
-    model, method, state = trained(tmp_path, ["tensorboard"])
+    model, method, state = trained(untrained_clip, tmp_path, ["tensorboard"])
     assert len(method.history) > 1
     (run,) = (tmp_path / "runs").iterdir()
     seen = events.EventAccumulator(str(run / "comp"))
@@ -323,7 +323,7 @@ def test_tensorboard_and_the_log_hold_every_stage(tmp_path, monkeypatch):
     assert [row[2] for row in rows(page)] == [stage["mode"] for stage in method.history]
 
 
-def test_without_tensorboard_the_log_of_a_resumed_run_is_whole(tmp_path):
+def test_without_tensorboard_the_log_of_a_resumed_run_is_whole(untrained_clip, tmp_path):
     class Killed(BaseException):
         pass
 
@@ -333,10 +333,10 @@ def test_without_tensorboard_the_log_of_a_resumed_run_is_whole(tmp_path):
                 raise Killed
 
     with pytest.raises(Killed):
-        trained(tmp_path, [], 6, Kill())
+        trained(untrained_clip, tmp_path, [], 6, Kill())
     saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert any("comp/flops" in line for line in saved)
-    _, method, state = trained(tmp_path, [])
+    _, method, state = trained(untrained_clip, tmp_path, [])
     assert not (tmp_path / "runs").exists()
     logged = [line["comp/flops"] for line in state.log_history if "comp/flops" in line]
     assert logged == [stage["flops"][1] for stage in method.history]
