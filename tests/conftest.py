@@ -95,12 +95,17 @@ def _room_for_large(request: pytest.FixtureRequest):
 
 def _gpu_missing() -> str | None:
     if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU that torch can use"
+        return "they need an NVIDIA GPU that torch can use"
     from vlprune_ext import _native
 
     if not _native.build_info()["cuda_built"]:
-        return "needs a build of vlprune_ext with CUDA"
+        return "they need a build of vlprune_ext with CUDA"
     return None
+
+
+def pytest_report_header() -> str | None:
+    reason = _gpu_missing()
+    return reason and f"without the tests marked gpu: {reason}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -108,8 +113,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("large"):
                 item.add_marker(pytest.mark.xdist_group("large"))
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    reason = _gpu_missing() if marked else None
-    if reason is not None:
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    if _gpu_missing():
+        marked = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
