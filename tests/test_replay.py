@@ -278,11 +278,11 @@ def test_clip_digits(device):
 
     model = CLIPModel.from_pretrained(zoo.path("clip-digits")).eval().to(device)
     anatomy, objective = describe(model), Contrastive()
-    data = load_data("digits", split="calibration", model=model, limit=24)
+    data = load_data("digits", split="calibration", model=model, limit=12)
     for tower in ("vision", "text"):
-        batches = objective.batches(anatomy, tower, data, 24)
+        batches = objective.batches(anatomy, tower, data, 12)
         interventions = everything(anatomy, tower, neurons=128)
-        other = objective.other(anatomy, tower, data, 24)
+        other = objective.other(anatomy, tower, data, 12)
         outputs, _ = collect(engine(anatomy, objective, tower, batches), interventions)
         values = []
         for intervention, out in zip(interventions, outputs, strict=True):
