@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= gpu-check
 
-# CUDA architectures when nvcc is there (PTX of the last runs on newer GPUs): few, to keep this build short.
+# CUDA architectures when nvcc is there (PTX runs on newer GPUs): few, to keep this build short.
 CUDAARCHS ?= 80-real;90
 export CUDAARCHS
 # Compilers at once; each nvcc takes about 1 GB.
