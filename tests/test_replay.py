@@ -53,7 +53,7 @@ def naive(anatomy, objective, tower, intervention, batches):
         return torch.cat([objective.outputs(anatomy, tower, batch) for batch in batches])
 
 
-def everything(anatomy, tower, *, neurons=32, cross=True):
+def everything(anatomy, tower, *, neurons=16, cross=True):
     """Every head, group of neurons and layer, and some sets of units that lie apart."""
     found = []
     for layer, block in enumerate(anatomy.tower(tower).blocks):
@@ -278,11 +278,11 @@ def test_clip_digits(device):
 
     model = CLIPModel.from_pretrained(zoo.path("clip-digits")).eval().to(device)
     anatomy, objective = describe(model), Contrastive()
-    data = load_data("digits", split="calibration", model=model, limit=12)
+    data = load_data("digits", split="calibration", model=model, limit=24)
     for tower in ("vision", "text"):
-        batches = objective.batches(anatomy, tower, data, 12)
-        interventions = everything(anatomy, tower, neurons=128)
-        other = objective.other(anatomy, tower, data, 12)
+        batches = objective.batches(anatomy, tower, data, 24)
+        interventions = everything(anatomy, tower, neurons=64)
+        other = objective.other(anatomy, tower, data, 24)
         outputs, _ = collect(engine(anatomy, objective, tower, batches), interventions)
         values = []
         for intervention, out in zip(interventions, outputs, strict=True):
