@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def _gpu_missing() -> str | None:
 def pytest_report_header() -> str | None:
     reason = _gpu_missing()
     return reason and f"without the tests marked gpu: {reason}"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection has to look at it again. Each training run asks for several."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
