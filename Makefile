@@ -15,42 +15,54 @@ export CMAKE_BUILD_PARALLEL_LEVEL
 export PYTHONDONTWRITEBYTECODE =
 
 ifeq ($(VENV),none)
-  PY        := $(PYTHON)
-  ENV_STAMP :=
+  PY          := $(PYTHON)
   INTERPRETER := $(shell command -v $(PYTHON))
-  INSTALL   := --no-deps -e .
 else
-  PY        := $(VENV)/bin/python
-  ENV_STAMP := $(VENV)/.env-stamp
+  PY          := $(VENV)/bin/python
   INTERPRETER := $(abspath $(PY))
-  INSTALL   := -c constraints.txt -e ".[dev]"
+  TOOLS_STAMP := $(VENV)/.tools-stamp
+  ENV_STAMP   := $(VENV)/.env-stamp
+  CHECK       := $(PY) -m pip check >/dev/null
   # A worker for each core; what needs much memory stays on one. pytest-benchmark warns of workers and is not used here.
-  WORKERS   := -n $(CMAKE_BUILD_PARALLEL_LEVEL) --dist loadgroup -p no:benchmark
+  WORKERS     := -n $(CMAKE_BUILD_PARALLEL_LEVEL) --dist loadgroup -p no:benchmark
 endif
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 # One stamp per interpreter and build setting; a build removes the others, since all build into the same place.
-BUILD_KEY   := $(shell echo "$(INTERPRETER) $(CUDAARCHS) $(VLPRUNE_CUDA)" | cksum | cut -d' ' -f1)
-BUILD_STAMP := build/stamps/$(BUILD_KEY)
+BUILD_KEY       := $(shell echo "$(INTERPRETER) $(CUDAARCHS) $(VLPRUNE_CUDA)" | cksum | cut -d' ' -f1)
+EXTENSION_STAMP := build/stamps/$(BUILD_KEY).extension
+BUILD_STAMP     := build/stamps/$(BUILD_KEY)
 
 .PHONY: env build demo test bench lint clean gpu-check
 .DEFAULT_GOAL := build
 
 env: $(ENV_STAMP)
 
-$(VENV)/.env-stamp: constraints.txt
+$(VENV)/.tools-stamp: constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv --upgrade-deps $(VENV)  # a current pip takes half the time
+	$(VENV)/bin/python -m pip install -q --no-compile -c constraints.txt cmake ninja pybind11 scikit-build-core setuptools
+	touch $@
+
+$(VENV)/.env-stamp: $(VENV)/.tools-stamp
+	echo "vlprune_ext: installing what constraints.txt names into $(VENV)"
 	$(VENV)/bin/python -m pip install -q --no-compile -r constraints.txt  # what is imported gets compiled then
 	touch $@
 
-build: $(BUILD_STAMP)
+# The extension needs the tools alone, so it is compiled while torch and the rest are installed.
+build:
+	@$(MAKE) --no-print-directory -s -j 2 $(BUILD_STAMP)
 
-$(BUILD_STAMP): $(ENV_STAMP) $(SOURCES)
+$(EXTENSION_STAMP): $(TOOLS_STAMP) $(SOURCES)
 	rm -rf build/stamps
-	$(PY) -m pip install -q --no-build-isolation $(INSTALL)
-	@$(PY) -c "from vlprune_ext._native import build_info as b; i = b(); \
-	  print('vlprune_ext: CUDA', i['cuda_version'] + ' for ' + i['cuda_archs'] if i['cuda_built'] else 'not built (no nvcc)', '| CPU', i['isa'])"
+	echo "vlprune_ext: compiling the extension"
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	mkdir -p $(@D)
+	touch $@
+
+$(BUILD_STAMP): $(EXTENSION_STAMP) $(ENV_STAMP)
+	$(CHECK)
+	$(PY) -c "from vlprune_ext._native import build_info as b; i = b(); \
+	  print('vlprune_ext: CUDA', i['cuda_version'] + ' for ' + i['cuda_archs'] if i['cuda_built'] else 'not built (no nvcc)', '| CPU', i['isa'])"
 	touch $@
 
 demo: build

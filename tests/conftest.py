@@ -72,7 +72,9 @@ def charts(monkeypatch) -> dict:
 
 @pytest.fixture(autouse=True)
 def _repeatable(request: pytest.FixtureRequest):
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed also notes, for each kind of device, who asked
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny sizes gain nothing from threads; tests that are about them set their number
     yield

@@ -264,7 +264,7 @@ _BUILDERS = {
 
 def build(name: str, seed: int = 0) -> nn.Module:
     """A model of one of `EVERY`: fp32, in evaluation mode, the same for the same seed."""
-    return copy.deepcopy(_built(name, seed))  # half the time of building it
+    return _copy(_built(name, seed), {})
 
 
 @functools.cache
@@ -272,6 +272,23 @@ def _built(name: str, seed: int) -> nn.Module:
     model = _BUILDERS[name]()
     randomise(model, seed)
     return model.eval()
+
+
+def _copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+    """As copy.deepcopy, in less than half of its time, for it knows what most of a module is."""
+    if id(module) in memo:
+        return memo[id(module)]
+    new = memo[id(module)] = module.__new__(type(module))
+    for name, value in vars(module).items():
+        if isinstance(value, (bool, int, float, str, type(None))):
+            vars(new)[name] = value
+        elif name == "_modules":
+            vars(new)[name] = {key: None if m is None else _copy(m, memo) for key, m in value.items()}
+        elif isinstance(value, dict) and not value:
+            vars(new)[name] = type(value)()
+        else:
+            vars(new)[name] = copy.deepcopy(value, memo)
+    return new
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..anatomy import Anatomy, Block, Site
+from ..anatomy import Anatomy, Block
 
 Unit = tuple[str, int, str]  # tower, layer, kind of site
 Count = Any  # int, or Tensor [S] int64 of as many samples
@@ -22,34 +22,33 @@ def block_flops(block: Block, tokens: Count, *, memory: Count = 0, kept: Mapping
     memory     tokens that its cross-attention reads, likewise; 0 where it has none, or is given none
     kept       kind of site -> units that are left, "head", "cross_head" or "neurons"; all by default
 
-    Raises ValueError for more units than there are, and for a block with cross-attention units to keep but no memory.
+    Raises ValueError for more units than there are.
     """
     kept = {} if kept is None else kept
     unknown = [kind for kind in kept if kind not in block.sites]
     if unknown:
         raise ValueError(f"kept has {', '.join(unknown)}; expected some of {', '.join(block.sites)}")
-    total = 0
+    reads = not (isinstance(memory, int) and memory == 0)
+    of_token = of_pair = of_memory = of_reading = 0  # multiply-adds; a pair: of tokens; a reading: of memory by a token
     for kind, site in block.sites.items():
         units = kept.get(kind, site.units)
         if not 0 <= units <= site.units:
             raise ValueError(f"kept is {units} of {kind}; expected 0 to {site.units}")
-        if kind == "cross_head" and isinstance(memory, int) and not memory:
+        if kind == "cross_head" and not reads:
             continue
-        total = total + _site_flops(site, units, tokens, memory if kind == "cross_head" else tokens)
-    return total
-
-
-def _site_flops(site: Site, units: int, tokens: Count, keys: Count) -> Count:
-    """FLOPs of a site's projections and, of heads, what lies between them."""
-    columns = units * site.width  # of the output projection: neurons, or query heads times their size
-    multiplied = tokens * columns * site.out.out_features
-    for place, projection in enumerate(site.inputs):
-        rows = projection.out_features * units // site.units
-        # Keys and values of cross-attention are made of what it reads.
-        multiplied = multiplied + (tokens if place == 0 else keys) * projection.in_features * rows
-    if site.kind != "neurons":
-        multiplied = multiplied + 2 * tokens * keys * columns  # scores, and their sums of values
-    return 2 * multiplied
+        columns = units * site.width  # of the output projection: neurons, or query heads times their size
+        first, *others = (p.in_features * (p.out_features * units // site.units) for p in site.inputs)
+        of_token += first + columns * site.out.out_features
+        if kind == "cross_head":  # keys and values are made of what it reads
+            of_memory += sum(others)
+            of_reading += 2 * columns  # scores, and their sums of values
+        else:
+            of_token += sum(others)
+            of_pair += 0 if kind == "neurons" else 2 * columns
+    total = tokens * of_token + tokens * tokens * of_pair
+    if reads:
+        total = total + memory * of_memory + tokens * memory * of_reading
+    return 2 * total
 
 
 @dataclass
