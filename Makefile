@@ -1,4 +1,4 @@
-# make build | demo | test | bench | lint | clean, with everything in .venv; `make gpu-check OUT=dir` on a machine with a GPU.
+# make build | demo | test | emulate | bench | lint | clean, with everything in .venv; `make gpu-check OUT=dir` on a machine with a GPU.
 # make test PYTHON=python3 VENV=none builds into that interpreter and installs nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -33,7 +33,7 @@ BUILD_KEY       := $(shell echo "$(INTERPRETER) $(CUDAARCHS) $(VLPRUNE_CUDA)" | 
 EXTENSION_STAMP := build/stamps/$(BUILD_KEY).extension
 BUILD_STAMP     := build/stamps/$(BUILD_KEY)
 
-.PHONY: env build demo test bench lint clean gpu-check
+.PHONY: env build demo test emulate bench lint clean gpu-check
 .DEFAULT_GOAL := build
 
 env: $(ENV_STAMP)
@@ -71,13 +71,21 @@ demo: build
 test: build
 	$(PY) -m pytest $(WORKERS)
 
+# The ops' tests, on CUDA kernels that run thread by thread on the CPU (tests/emulator/emulator.h).
+OPS ?= tests/ops
+emulate: build
+	PATH="$(dir $(INTERPRETER)):$$PATH"; \
+	  cmake -S tests/emulator -B build/emulator -G Ninja --log-level=WARNING -D Python_EXECUTABLE=$(INTERPRETER) && \
+	  cmake --build build/emulator -- --quiet
+	$(PY) -m pytest $(WORKERS) -p emulator.plugin --emulated build/emulator tests/emulator/check_emulator.py $(OPS)
+
 bench: build
 	$(PY) -m pytest benchmarks -o "python_files=bench_*.py" -o "filterwarnings=default" --bench-out benchmarks/results
 
 lint: $(ENV_STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(dir $(PY))clang-format --dry-run -Werror
+	find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(dir $(PY))clang-format --dry-run -Werror
 	$(PY) -m mypy
 
 gpu-check:

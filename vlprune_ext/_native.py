@@ -54,8 +54,13 @@ def force_isa(name: str) -> Iterator[None]:
         _C.cpu.force_isa(previous)
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether the CUDA launchers take tensors on ``device``: some want other scratch memory than those of the CPU."""
+    return device.type == "cuda"
+
+
 def _launch(name: str, device: torch.device, *args: Any) -> None:
-    if device.type == "cpu":
+    if not is_cuda(device):
         getattr(_C.cpu, name)(*args, torch.get_num_threads())
         return
     if not _C.cuda_built:

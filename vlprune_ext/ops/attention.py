@@ -74,7 +74,7 @@ def _parts(q: Tensor, k: Tensor, reduce: str) -> int:
     h, tq, tk = q.shape[1], q.shape[2], k.shape[2]
     if tq <= _native.FEW_QUERIES:
         return 1
-    if q.device.type == "cpu":
+    if not _native.is_cuda(q.device):
         return -(-tq // _CPU_QUERIES)
     steps = -(-tq // _CUDA_QUERIES[reduce]) * (h if reduce == "sum" else 1)
     of_a_block = max(_CUDA_STEPS[reduce], -(-steps * -(-tk // _CUDA_KEYS) // _CUDA_BLOCKS))

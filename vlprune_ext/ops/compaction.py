@@ -224,7 +224,7 @@ def _match_tokens(key: Tensor, target: Tensor, source: Tensor | None = None) -> 
         key.new_empty((b, 3, t), dtype=torch.int32),
         key.new_empty((b, 2), dtype=torch.int32),
         torch.empty_like(similarity),
-        key.new_empty((b if key.device.type == "cuda" else 0, *gathered)),
+        key.new_empty((b if _native.is_cuda(key.device) else 0, *gathered)),
     )
     return similarity, match
 

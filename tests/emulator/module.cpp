@@ -1,0 +1,15 @@
+// The Python module _emulated: every launcher of vlprune::cuda, run by the emulator.
+#include <cstdint>
+
+#include "emulator.h"
+#include "faults.h"
+#include "launchers.h"
+
+PYBIND11_MODULE(_emulated, m) {
+  VLPRUNE_BIND(m, cuda);
+  m.def("allow", &emulator::allow);
+  m.def("forbid_all", &emulator::forbid_all);
+  m.def("faults", [](const std::string& name, std::uintptr_t out, bool faulty) {
+    faults::launch(name, pointer<int32_t>(out), faulty);
+  });
+}
