@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   });
   cpu.def("force_isa", [](const std::string& name) { vlprune::cpu::force_isa(name.c_str()); });
 
+  m.attr("split_depth") = vlprune::kSplitDepth;
   m.attr("norm_chunk") = vlprune::kNormChunk;
   m.attr("histogram_bins") = vlprune::kHistogramBins;
   m.attr("few_queries") = vlprune::kFewQueries;

@@ -58,7 +58,8 @@ void leave_one_out(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t base,
 
 template <auto Launch>
 void retrieval_rank(std::uintptr_t query, std::uintptr_t gallery, std::uintptr_t positives, std::uintptr_t best,
-                    std::uintptr_t rank, int64_t v, int64_t n, int64_t m, int64_t d, int64_t p, bool shared_gallery,
+                    std::uintptr_t rank, std::uintptr_t split, std::uintptr_t norm, std::uintptr_t listed,
+                    int64_t capacity, int64_t v, int64_t n, int64_t m, int64_t d, int64_t p, bool shared_gallery,
                     int dtype, std::uintptr_t where) {
   vlprune::RetrievalRank args{};
   args.query = pointer<const void>(query);
@@ -66,6 +67,10 @@ void retrieval_rank(std::uintptr_t query, std::uintptr_t gallery, std::uintptr_t
   args.positives = pointer<const int64_t>(positives);
   args.best = pointer<float>(best);
   args.rank = pointer<int32_t>(rank);
+  args.split = pointer<void>(split);
+  args.norm = pointer<float>(norm);
+  args.listed = pointer<uint64_t>(listed);
+  args.capacity = capacity;
   args.v = v;
   args.n = n;
   args.m = m;

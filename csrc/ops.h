@@ -28,12 +28,18 @@ struct LeaveOneOut {
 // rank[v, n] = #{ m : <query[v,n], gallery[v or 0, m]> > best[v,n] },  best = max over p of the positives' scores.
 // The positives' scores are computed by the same arithmetic as all others, so an exact copy of a positive never counts
 // as higher. rank = -1 where any score of the row is NaN.
+constexpr int64_t kSplitDepth = 32;
 struct RetrievalRank {
   const void* query;         // [V, N, D], contiguous
   const void* gallery;       // [V or 1, M, D], contiguous
   const int64_t* positives;  // [N, P], contiguous; -1 pads a row; at least one entry >= 0 in each row
   float* best;               // [V, N] scratch
   int32_t* rank;             // [V, N]
+  // Scratch of cuda:: in fp32; V * N + (V or 1) * M rows in all.
+  void* split;       // [rows, 2, D rounded up to a multiple of kSplitDepth], two bytes each
+  float* norm;       // [rows]
+  uint64_t* listed;  // [1 + capacity]
+  int64_t capacity;  // pairs of a query and an item to look at twice; the more there are, the slower where it is short
   int64_t v, n, m, d, p;
   bool shared_gallery;  // true: gallery has a leading dimension of 1
   DType dtype;          // of query and gallery; scores are fp32

@@ -21,6 +21,7 @@ except ImportError as error:
         " package: 'pip install .' or 'pip install --no-build-isolation -e .' in the source folder, with this Python."
     ) from error
 
+SPLIT_DEPTH: int = _C.split_depth
 NORM_CHUNK: int = _C.norm_chunk
 HISTOGRAM_BINS: int = _C.histogram_bins
 FEW_QUERIES: int = _C.few_queries
@@ -94,7 +95,16 @@ def leave_one_out(x: Tensor, weight: Tensor, base: Tensor, out: Tensor, groups: 
     )
 
 
-def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor, best: Tensor, rank: Tensor) -> None:
+def retrieval_rank(
+    query: Tensor,
+    gallery: Tensor,
+    positives: Tensor,
+    best: Tensor,
+    rank: Tensor,
+    split: Tensor,
+    norm: Tensor,
+    listed: Tensor,
+) -> None:
     if rank.numel() == 0:
         return
     v, n, d = query.shape
@@ -106,6 +116,10 @@ def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor, best: Tens
         positives.data_ptr(),
         best.data_ptr(),
         rank.data_ptr(),
+        split.data_ptr(),
+        norm.data_ptr(),
+        listed.data_ptr(),
+        listed.numel() - 1,
         v,
         n,
         gallery.shape[1],

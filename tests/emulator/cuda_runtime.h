@@ -66,6 +66,10 @@ using cudaStream_t = struct Stream*;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -90,6 +94,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
 #define __syncthreads() ::emulator::sync_block(EMULATOR_SITE)
 #define __syncwarp() ::emulator::sync_warp(0xffffffffu, EMULATOR_SITE)
 #define __shfl_xor_sync(mask, value, bits) ::emulator::shuffle_xor(mask, value, bits, EMULATOR_SITE)
+#define __shfl_up_sync(mask, value, distance) ::emulator::shuffle_up(mask, value, distance, EMULATOR_SITE)
+#define __shfl_sync(mask, value, from) ::emulator::shuffle(mask, value, from, EMULATOR_SITE)
+#define __any_sync(mask, predicate) ::emulator::any(mask, predicate, EMULATOR_SITE)
 #define __match_any_sync(mask, value) ::emulator::match_any(mask, value, EMULATOR_SITE)
 #define __trap() ::emulator::fail("trap")
 
@@ -102,6 +109,24 @@ inline unsigned lane() {
 template <typename T>
 T shuffle_xor(unsigned mask, T value, int bits, Site site) {
   return unwrap<T>(meet(wrap(value), mask, site)[lane() ^ bits]);
+}
+
+template <typename T>
+T shuffle_up(unsigned mask, T value, unsigned distance, Site site) {
+  const Gift* gifts = meet(wrap(value), mask, site);
+  return lane() < distance ? value : unwrap<T>(gifts[lane() - distance]);
+}
+
+template <typename T>
+T shuffle(unsigned mask, T value, int from, Site site) {
+  return unwrap<T>(meet(wrap(value), mask, site)[from % 32]);
+}
+
+inline bool any(unsigned mask, bool predicate, Site site) {
+  const Gift* gifts = meet(wrap(predicate), mask, site);
+  bool found = false;
+  for (int i = 0; i < 32; ++i) found |= unwrap<bool>(gifts[i]);
+  return found;
 }
 
 template <typename T>

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vlprune_ext import _native, ops, reference
+from vlprune_ext.ops import ablation
 
 ISAS = _native.build_info()["available_isas"]
 
@@ -57,19 +58,63 @@ def test_two_dimensions(dtype, device):
     assert torch.equal(ops.retrieval_rank(query[None], gallery[None], positives[:, None]), flat[None])
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_real_scores_rank_as_in_float64(isa):
-    """Normalised random embeddings: a rank may differ from float64's only by items within rounding of the threshold."""
-    query = torch.nn.functional.normalize(torch.randn(2, 60, 300), dim=-1)
-    gallery = torch.nn.functional.normalize(torch.randn(700, 300), dim=-1)
-    positives = torch.randint(0, 700, (60, 2))
-    with _native.force_isa(isa):
-        rank = ops.retrieval_rank(query, gallery, positives)
+def embeddings(device="cpu"):
+    """Normalised embeddings, a third of the gallery close to the first item, and two positives for each query."""
+    query = torch.nn.functional.normalize(torch.randn(2, 60, 300, device=device), dim=-1)
+    gallery = torch.randn(700, 300, device=device)
+    gallery[::3] = (
+        gallery[0] + torch.randn(234, 300, device=device) * torch.logspace(-1, -8, 234, device=device)[:, None]
+    )
+    positives = torch.randint(0, 700, (60, 2), device=device)
+    positives[::2] //= 233 * 3  # mostly the first
+    return query, torch.nn.functional.normalize(gallery, dim=-1), positives
+
+
+def check_as_in_float64(query, gallery, positives):
+    """A rank may differ from float64's only by items within rounding of the threshold."""
+    rank = ops.retrieval_rank(query, gallery, positives)
     scores = query.double() @ gallery.double().T
     best = scores.gather(-1, positives.expand(2, 60, 2)).amax(-1, keepdim=True)
     slack = 1e-6
     assert bool((rank >= (scores > best + slack).sum(-1)).all())
     assert bool((rank <= (scores > best - slack).sum(-1) - 1).all())  # the positive itself is no item above
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_real_scores_rank_as_in_float64(isa):
+    with _native.force_isa(isa):
+        check_as_in_float64(*embeddings())
+
+
+def test_real_scores_rank_as_in_float64_on_any_device(device):
+    check_as_in_float64(*embeddings(device))
+
+
+SCALES = [1.0, 1e-12, 1e-19, 1e-25, 1e-38, 1e-42, 1e12, 1e18, 1e25, 1e38]
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "lengths", "not finite"])
+def test_no_rank_depends_on_the_room_for_a_list(kind, device, monkeypatch):
+    """In fp32 on a GPU: what the tensor cores decide with the help of a list, all scores in fp32 decide without one."""
+    query, gallery, positives = embeddings(device)
+    if kind != "embeddings":
+        lengths = torch.tensor(SCALES, device=device)
+        query[0] *= lengths.repeat(6)[:, None]
+        gallery *= lengths.repeat(70)[torch.randperm(700, device=device), None]
+        gallery[100:110] = 0
+        query[1, 5] = 0
+    if kind == "not finite":
+        gallery[200, 7], gallery[300, 8], query[1, 9, 10] = torch.inf, -torch.inf, torch.inf
+        gallery[400:402, 9] = torch.tensor([torch.inf, -torch.inf], device=device)
+        query[1, 20, 30] = torch.nan
+    for items in (gallery, torch.stack([gallery, gallery.flip(0)])):
+        ranks = []
+        for room in (2**17, 0):
+            monkeypatch.setattr(ablation, "_FEWEST_LISTED", room)
+            monkeypatch.setattr(ablation, "_SCORES_PER_LISTED", 2**40)
+            ranks.append(torch.ops.vlprune.retrieval_rank(query, items, positives))
+        assert torch.equal(*ranks)
+        assert bool((ranks[0] >= 0).any())
 
 
 def test_copies_of_a_positive_are_ties(dtype, device):
