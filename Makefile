@@ -77,7 +77,7 @@ emulate: build
 	PATH="$(dir $(INTERPRETER)):$$PATH"; \
 	  cmake -S tests/emulator -B build/emulator -G Ninja --log-level=WARNING -D Python_EXECUTABLE=$(INTERPRETER) && \
 	  cmake --build build/emulator -- --quiet
-	$(PY) -m pytest $(WORKERS) -p emulator.plugin --emulated build/emulator tests/emulator/check_emulator.py $(OPS)
+	$(PY) -m pytest $(WORKERS) -p emulator.plugin tests/emulator/check_emulator.py $(OPS)
 
 bench: build
 	$(PY) -m pytest benchmarks -o "python_files=bench_*.py" -o "filterwarnings=default" --bench-out benchmarks/results

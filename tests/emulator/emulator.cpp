@@ -1,6 +1,5 @@
 #include "emulator.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -58,7 +57,7 @@ Index thread_index, block_index, block_size, grid_size;
 
 namespace {
 
-constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4096;  // the guard is where a stack would grow to
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kPlainSharedBytes = 48 << 10, kMaxSharedBytes = 227 << 10, kMaxParameterBytes = 4096;
 constexpr int kGarbage = 0xff;  // NaN as a float, -1 as an index
@@ -220,6 +219,7 @@ void grow_to(unsigned count) {
     void* stack =
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::runtime_error("emulator: no memory for stacks");
+    mprotect(stack, kGuardBytes, PROT_NONE);
     threads.emplace_back();
     threads.back().stack = static_cast<char*>(stack);
   }

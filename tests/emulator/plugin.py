@@ -1,4 +1,4 @@
-"""``--emulated FOLDER``: what tests launch on the CPU is run by the emulator, from the module built in FOLDER.
+"""``-p emulator.plugin``: what tests launch on the CPU is run by the emulator instead.
 
 Each launch may access the tensors whose addresses it was given, from the first to the last element, and nothing else.
 """
@@ -16,15 +16,11 @@ EMULATED = pytest.StashKey[types.ModuleType]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--emulated", metavar="FOLDER", help="run CUDA kernels by the emulator, built in FOLDER, instead of CPU kernels"
-    )
+    parser.addoption("--emulated", metavar="FOLDER", default="build/emulator", help="where the emulator was built")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     folder = config.getoption("--emulated")
-    if folder is None:
-        return
     found = sorted(Path(folder).glob("_emulated*.so"))
     if len(found) != 1:
         raise pytest.UsageError(f"--emulated {folder}: {len(found)} modules named _emulated are there; expected one")
