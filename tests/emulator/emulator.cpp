@@ -94,11 +94,12 @@ struct Range {
   uintptr_t begin, end;
 };
 
+// Threads of the host launch one after another, each with memory of its own.
 std::mutex one_launch;
-std::vector<Range> allowed;  // sorted by begin
-Range last_range = {0, 0};
+thread_local std::vector<Range> allowed;  // sorted by begin
+thread_local Range last_range = {0, 0};
 Range host_stack = {0, 0};
-size_t max_dynamic_shared = kPlainSharedBytes;
+thread_local size_t max_dynamic_shared = kPlainSharedBytes;
 
 // The present launch.
 const Grid* grid;
@@ -107,7 +108,7 @@ const void* context;
 std::vector<Thread> threads;
 std::vector<Warp> warps;
 std::deque<Thread*> runnable;
-Thread* self = nullptr;
+thread_local Thread* self = nullptr;  // null on the host
 unsigned live_threads;
 Barrier block_barrier;
 void* host;  // stack pointer

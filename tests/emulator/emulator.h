@@ -33,7 +33,7 @@ struct Grid {
   size_t shared_bytes;
 };
 
-// Memory that kernels may access from now on, and none at all.
+// Memory that kernels launched by this thread of the host may access from now on, and none at all.
 void allow(uintptr_t begin, size_t bytes);
 void forbid_all();
 

@@ -162,7 +162,8 @@ def _retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor
     by_split = _native.is_cuda(query.device) and query.dtype == torch.float32
     rows = v * n + gallery.shape[0] * gallery.shape[1] if by_split else 0
     depth = -(-d // _native.SPLIT_DEPTH) * _native.SPLIT_DEPTH
-    capacity = max(_FEWEST_LISTED, v * n * gallery.shape[1] // _SCORES_PER_LISTED) if by_split else 0
+    room = min(v * n * gallery.shape[1] // _SCORES_PER_LISTED, rows * depth // 8)  # 8: a quarter of the bytes of split
+    capacity = max(_FEWEST_LISTED, room) if by_split else 0
     _native.retrieval_rank(
         query,
         gallery,
