@@ -108,32 +108,32 @@ inline unsigned lane() {
 
 template <typename T>
 T shuffle_xor(unsigned mask, T value, int bits, Site site) {
-  return unwrap<T>(meet(wrap(value), mask, site)[lane() ^ bits]);
+  return unwrap<T>(exchange(wrap(value), mask, site)[lane() ^ bits]);
 }
 
 template <typename T>
 T shuffle_up(unsigned mask, T value, unsigned distance, Site site) {
-  const Gift* gifts = meet(wrap(value), mask, site);
-  return lane() < distance ? value : unwrap<T>(gifts[lane() - distance]);
+  const Payload* payloads = exchange(wrap(value), mask, site);
+  return lane() < distance ? value : unwrap<T>(payloads[lane() - distance]);
 }
 
 template <typename T>
 T shuffle(unsigned mask, T value, int from, Site site) {
-  return unwrap<T>(meet(wrap(value), mask, site)[from % 32]);
+  return unwrap<T>(exchange(wrap(value), mask, site)[from % 32]);
 }
 
 inline bool any(unsigned mask, bool predicate, Site site) {
-  const Gift* gifts = meet(wrap(predicate), mask, site);
+  const Payload* payloads = exchange(wrap(predicate), mask, site);
   bool found = false;
-  for (int i = 0; i < 32; ++i) found |= unwrap<bool>(gifts[i]);
+  for (int i = 0; i < 32; ++i) found |= unwrap<bool>(payloads[i]);
   return found;
 }
 
 template <typename T>
 unsigned match_any(unsigned mask, T value, Site site) {
-  const Gift* gifts = meet(wrap(value), mask, site);
+  const Payload* payloads = exchange(wrap(value), mask, site);
   unsigned same = 0;
-  for (int i = 0; i < 32; ++i) same |= static_cast<unsigned>(unwrap<T>(gifts[i]) == value) << i;
+  for (int i = 0; i < 32; ++i) same |= static_cast<unsigned>(unwrap<T>(payloads[i]) == value) << i;
   return same;
 }
 

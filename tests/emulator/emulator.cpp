@@ -74,7 +74,7 @@ struct Thread {
   void* stack_pointer;
   char* stack;
   Index index;
-  unsigned number, block_epoch, warp_epoch, meetings;
+  unsigned number, block_epoch, warp_epoch, exchanges;
   std::vector<Copy> copies;  // issued, not committed
   std::deque<std::vector<Copy>> committed;
 };
@@ -87,7 +87,7 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   unsigned live = 0;  // lanes that have not returned
-  std::array<std::array<Gift, 32>, 2> gifts;
+  std::array<std::array<Payload, 32>, 2> payloads;
 };
 
 struct Range {
@@ -212,7 +212,7 @@ void prepare(Thread& thread) {
   thread.stack_pointer = top;
   thread.copies.clear();
   thread.committed.clear();
-  thread.block_epoch = thread.warp_epoch = thread.meetings = 0;
+  thread.block_epoch = thread.warp_epoch = thread.exchanges = 0;
 }
 
 void grow_to(unsigned count) {
@@ -449,12 +449,12 @@ void sync_warp(unsigned mask, Site site) {
   ++self->warp_epoch;
 }
 
-const Gift* meet(const Gift& gift, unsigned mask, Site site) {
+const Payload* exchange(const Payload& payload, unsigned mask, Site site) {
   Warp& warp = warps[self->number / 32];
-  auto& gifts = warp.gifts[self->meetings++ % 2];
-  gifts[self->number % 32] = gift;
+  auto& payloads = warp.payloads[self->exchanges++ % 2];
+  payloads[self->number % 32] = payload;
   wait_with_warp(mask, site);
-  return gifts.data();
+  return payloads.data();
 }
 
 void* shared(Site site, size_t bytes, size_t alignment) {

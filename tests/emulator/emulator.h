@@ -53,13 +53,12 @@ struct Site {
 void sync_block(Site site);
 void sync_warp(unsigned mask, Site site);
 
-// What each lane gives to the others of its warp.
-struct alignas(16) Gift {
+// What a lane passes to the others of its warp.
+struct alignas(16) Payload {
   uint32_t word[12];
 };
-// All lanes of `mask` give and meet; returns the 32 gifts, which stay until the warp meets twice more. No barrier to
-// memory.
-const Gift* meet(const Gift& gift, unsigned mask, Site site);
+// Waits for all lanes of `mask`; returns the 32 payloads, which stay until the next exchange but one. Orders no memory.
+const Payload* exchange(const Payload& payload, unsigned mask, Site site);
 
 // The block's memory for one declaration of shared memory.
 void* shared(Site site, size_t bytes, size_t alignment);
@@ -82,17 +81,17 @@ void copy_async_commit();
 void copy_async_wait(int pending);
 
 template <typename T>
-Gift wrap(const T& value) {
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(Gift));
-  Gift gift;
-  std::memcpy(&gift, &value, sizeof(T));
-  return gift;
+Payload wrap(const T& value) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(Payload));
+  Payload payload;
+  std::memcpy(&payload, &value, sizeof(T));
+  return payload;
 }
 
 template <typename T>
-__attribute__((no_sanitize_thread)) T unwrap(const Gift& gift) {
+__attribute__((no_sanitize_thread)) T unwrap(const Payload& payload) {
   T value;
-  std::memcpy(&value, &gift, sizeof(T));
+  std::memcpy(&value, &payload, sizeof(T));
   return value;
 }
 

@@ -21,11 +21,11 @@ void copy_async_wait() {
 
 inline void load_matrices(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix of a row that is not at 16 bytes");
-  const emulator::Gift* gifts = emulator::meet(emulator::wrap(row), 0xffffffffu, EMULATOR_SITE);
+  const emulator::Payload* payloads = emulator::exchange(emulator::wrap(row), 0xffffffffu, EMULATOR_SITE);
   uint32_t* const r[4] = {&r0, &r1, &r2, &r3};
   const unsigned lane = emulator::lane();
   for (int i = 0; i < 4; ++i) {
-    const char* of_row = static_cast<const char*>(emulator::unwrap<const void*>(gifts[8 * i + lane / 4]));
+    const char* of_row = static_cast<const char*>(emulator::unwrap<const void*>(payloads[8 * i + lane / 4]));
     *r[i] = *reinterpret_cast<const uint32_t*>(of_row + lane % 4 * 4);
   }
 }
@@ -44,14 +44,14 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   };
   for (int i = 0; i < 4; ++i) unpack_pair(a[i], mine.a[i]);
   for (int i = 0; i < 2; ++i) unpack_pair(b[i], mine.b[i]);
-  const emulator::Gift* gifts = emulator::meet(emulator::wrap(mine), 0xffffffffu, EMULATOR_SITE);
+  const emulator::Payload* payloads = emulator::exchange(emulator::wrap(mine), 0xffffffffu, EMULATOR_SITE);
   const unsigned g = emulator::lane() / 4, t = emulator::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const unsigned column = 2 * t + i % 2;
     double sum = c[i];
     for (unsigned quad = 0; quad < 4; ++quad) {  // lanes that hold row g of a, and row `column` of b
-      const auto of_a = emulator::unwrap<Operands>(gifts[4 * g + quad]);
-      const auto of_b = emulator::unwrap<Operands>(gifts[4 * column + quad]);
+      const auto of_a = emulator::unwrap<Operands>(payloads[4 * g + quad]);
+      const auto of_b = emulator::unwrap<Operands>(payloads[4 * column + quad]);
       for (int half = 0; half < 2; ++half) {
         for (int e = 0; e < 2; ++e) sum += double{of_a.a[2 * half + i / 2][e]} * of_b.b[half][e];
       }

@@ -17,10 +17,10 @@ class BlockReduce {
   template <typename Operation>
   T Reduce(T mine, const Operation& operation) {
     if (blockDim.x * blockDim.y * blockDim.z != kThreads) emulator::fail("uses a BlockReduce of other threads");
-    const emulator::Gift* gifts = emulator::meet(emulator::wrap(mine), 0xffffffffu, EMULATOR_SITE);
+    const emulator::Payload* payloads = emulator::exchange(emulator::wrap(mine), 0xffffffffu, EMULATOR_SITE);
     T result = mine;
     if (emulator::lane() == 0) {
-      for (int i = 1; i < 32; ++i) result = operation(result, emulator::unwrap<T>(gifts[i]));
+      for (int i = 1; i < 32; ++i) result = operation(result, emulator::unwrap<T>(payloads[i]));
       storage_.of_warp[threadIdx.x / 32] = result;
     }
     __syncthreads();

@@ -21,9 +21,9 @@ class BlockScan {
   }
   void ExclusiveSum(T mine, T& before, T& total) {
     if (blockDim.x * blockDim.y * blockDim.z != kThreads) emulator::fail("uses a BlockScan of other threads");
-    const emulator::Gift* gifts = emulator::meet(emulator::wrap(mine), 0xffffffffu, EMULATOR_SITE);
+    const emulator::Payload* payloads = emulator::exchange(emulator::wrap(mine), 0xffffffffu, EMULATOR_SITE);
     before = 0;
-    for (unsigned i = 0; i < emulator::lane(); ++i) before += emulator::unwrap<T>(gifts[i]);
+    for (unsigned i = 0; i < emulator::lane(); ++i) before += emulator::unwrap<T>(payloads[i]);
     if (emulator::lane() == 31) storage_.of_warp[threadIdx.x / 32] = before + mine;
     __syncthreads();
     total = 0;
