@@ -1,4 +1,4 @@
-# make build | demo | test | emulate | bench | lint | clean, with everything in .venv; `make gpu-check OUT=dir` on a machine with a GPU.
+# make build | demo | test | emulate | bench | lint | clean, with everything in .venv; docs/gpu.md has `make gpu-check` and gpu-wheel.
 # make test PYTHON=python3 VENV=none builds into that interpreter and installs nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -33,7 +33,7 @@ BUILD_KEY       := $(shell echo "$(INTERPRETER) $(CUDAARCHS) $(VLPRUNE_CUDA)" | 
 EXTENSION_STAMP := build/stamps/$(BUILD_KEY).extension
 BUILD_STAMP     := build/stamps/$(BUILD_KEY)
 
-.PHONY: env build demo test emulate bench lint clean gpu-check
+.PHONY: env build demo test emulate bench lint clean gpu-check gpu-wheel
 .DEFAULT_GOAL := build
 
 env: $(ENV_STAMP)
@@ -88,9 +88,19 @@ lint: $(ENV_STAMP)
 	find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(dir $(PY))clang-format --dry-run -Werror
 	$(PY) -m mypy
 
+# On a machine with a GPU; PARTS="kernels ncu" runs some parts, BUDGET is the time for all, in seconds. COMMIT says what
+# is measured where the source tree came without its repository.
+COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
+BUDGET ?= 540
 gpu-check:
-	PYTHON="$(PYTHON)" sh scripts/gpu_check.sh "$(OUT)"
+	COMMIT="$(COMMIT)" $(PYTHON) scripts/gpu_check.py "$(OUT)" --budget $(BUDGET) $(if $(PARTS),--parts $(PARTS))
+
+# A wheel for gpu-check to take instead of building: for this PYTHON, which must have the tools, and an H100 or H200.
+GPU_WHEEL := gpu-wheel/$(shell cat CMakeLists.txt $$(find csrc -type f | LC_ALL=C sort) | sha256sum | cut -c1-12)
+gpu-wheel:
+	CUDAARCHS=90-real VLPRUNE_CUDA=ON $(PYTHON) -m pip wheel -q --no-build-isolation --no-deps -w $(GPU_WHEEL) .
+	ls $(GPU_WHEEL)
 
 clean:
-	rm -rf build dist *.egg-info vlprune_ext/_C*.so gpu-check .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info vlprune_ext/_C*.so gpu-check gpu-wheel .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,12 +1,13 @@
-"""What every benchmark shares: the device, fair timing beside a baseline, and the table of results.
+"""What every benchmark shares: the device, a comparison with a baseline, and where its rows go.
 
-Results are written only when asked: ``--bench-out DIR`` (``make bench`` does) writes DIR/<device>.json and a Markdown
-table beside it.
+``--bench-out DIR`` (``make bench``) writes DIR/<device>.json and a Markdown table beside it when all is done;
+``--bench-rows FILE`` appends each row to FILE when it is measured. Without either, nothing is written.
 """
 
 from __future__ import annotations
 
-import json
+import gc
+import os
 import platform
 import re
 import statistics
@@ -17,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import table
 import torch
+from timing import Call, Ceilings, CpuTimer, GpuTimer, Inputs, timer_of
 
 ROOT = Path(__file__).resolve().parent.parent
-KEY = ("what", "shape", "dtype")
-COLUMNS = (*KEY, "ms", "GB/s", "TFLOP/s", "baseline", "baseline ms", "ratio", "commit", "notes")
 
-_rows: list[dict[str, Any]] = []
+_rows: list[table.Row] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-out", type=Path, help="folder for <device>.json and <device>.md; not written without")
     parser.addoption("--bench-name", help="name of these files, instead of the device's")
+    parser.addoption("--bench-rows", type=Path, help="file to append each row to when it is measured")
 
 
 @pytest.fixture(scope="session")
@@ -36,78 +38,101 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: CUDA events on a GPU (launch overhead included only where the GPU waits for it)."""
-    if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+@pytest.fixture(scope="session")
+def timer(device) -> CpuTimer | GpuTimer:
+    return timer_of(device)
+
+
+@pytest.fixture(scope="session")
+def ceilings(timer, device) -> Ceilings:
+    return Ceilings(timer, device)
+
+
+@pytest.fixture
+def stopwatch(timer) -> Callable[[Callable[[], object]], float]:
+    """``stopwatch(run)``: seconds of one call by the host's clock, until the device is done."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        timer.synchronize()
+        begin = time.perf_counter()
         run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+        timer.synchronize()
+        return time.perf_counter() - begin
+
+    return seconds
 
 
 @pytest.fixture
-def stopwatch(device) -> Callable[[Callable[[], object]], float]:
-    """``stopwatch(run)``: seconds of one call."""
-    return lambda run: timed(run, device)
-
-
-@pytest.fixture
-def record() -> Callable[..., None]:
-    """``record(what, shape, dtype=..., **numbers)``: one row of the table; keys beyond COLUMNS go to the JSON only."""
+def record(pytestconfig) -> Callable[..., None]:
+    """``record(what, shape, dtype=..., **numbers)``: one row; keys beyond table.COLUMNS go to the JSON only."""
+    path = pytestconfig.getoption("--bench-rows")
 
     def add(what: str, shape: str, **values: Any) -> None:
-        _rows.append({"what": what, "shape": shape, **values})
+        row = {"what": what, "shape": shape, **values}
+        if path is not None:
+            if not _rows:
+                table.append(path, {"machine": _machine()})
+            table.append(path, row)
+        _rows.append(row)
 
     return add
 
 
 @pytest.fixture
-def compare(benchmark, device, record) -> Callable[..., dict[str, Any]]:
-    """Time ``ours`` beside ``baseline``: turn by turn in one run, caches cold before each, medians of ``rounds``."""
-    # Larger than the last-level caches in use (50 MB on an H100, 36 MB on a Xeon).
-    cold = torch.empty((256 if device.type == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
+def compare(benchmark, timer, ceilings, record) -> Callable[..., table.Row]:
+    """Time ``ours`` beside ``baseline``, turn by turn; medians, and what the machine can do at this size."""
 
     def run(
         what: str,
         shape: str,
-        ours: Callable[[], object],
-        baseline: Callable[[], object] | None = None,
+        ours: Call,
+        baseline: Call | None = None,
         *,
+        inputs: Callable[[], Inputs] = tuple,  # makes a set of what both are called with
+        setup: Call | None = None,  # with the same, before each call, not timed
+        graph: bool = True,  # on a GPU: the kernels alone, without launches by Python and looks at the data
         baseline_name: str = "",
         dtype: torch.dtype = torch.float32,
         flops: float = 0,
         moved: float = 0,  # bytes
-        rounds: int = 7,
+        rounds: int = 7,  # on a CPU
+        notes: str = "",
         **extra: Any,
-    ) -> dict[str, Any]:
+    ) -> table.Row:
+        sets = timer.sets(inputs)
+        other = None if baseline is None else timer.run(baseline, sets, setup, graph=graph)
+        own = timer.run(ours, sets, setup, graph=graph)
         of_ours: list[float] = []
         of_baseline: list[float] = []
 
         def baseline_first() -> None:
-            if baseline is not None:
-                cold.zero_()
-                of_baseline.append(timed(baseline, device))
-            cold.zero_()
+            if other is not None:
+                other.ready()
+                of_baseline.append(other.once())
+            own.ready()
 
         benchmark.group = what
         benchmark.pedantic(
-            lambda: of_ours.append(timed(ours, device)), setup=baseline_first, rounds=rounds, warmup_rounds=1
+            lambda: of_ours.append(own.once()),
+            setup=baseline_first,
+            rounds=timer.rounds(rounds, own.seconds + (other.seconds if other else 0)),
+            warmup_rounds=1,
         )
-        seconds = statistics.median(of_ours[1:])
-        row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "ms": seconds * 1e3}
+        taken = of_ours[1:] or of_ours  # without the warm-up; --benchmark-disable runs one round
+        seconds = statistics.median(taken)
+        row: table.Row = {"dtype": str(dtype).removeprefix("torch."), "ms": seconds * 1e3}
         if moved:
-            row["GB/s"] = moved / seconds / 1e9
+            row |= {"GB/s": moved / seconds / 1e9, "of copy": ceilings.copy_seconds(moved) / seconds}
         if flops:
-            row["TFLOP/s"] = flops / seconds / 1e12
-        if baseline is not None:
-            other = statistics.median(of_baseline[1:])
-            row |= {"baseline": baseline_name, "baseline ms": other * 1e3, "ratio": other / seconds}
-        row |= extra
+            row |= {"TFLOP/s": flops / seconds / 1e12, "of product": ceilings.product_seconds(flops, dtype) / seconds}
+        if other is not None:
+            theirs = statistics.median(of_baseline[1:] or of_baseline)
+            row |= {"baseline": baseline_name, "baseline ms": theirs * 1e3, "ratio": theirs / seconds}
+        quarter = statistics.quantiles(taken) if len(taken) > 1 else [seconds] * 3
+        row |= {"spread": (quarter[2] - quarter[0]) / seconds, **extra}
+        unsettled = "" if timer.settled else "clocks not settled"
+        if said := "; ".join(filter(None, (notes, own.notes, other.notes if other else "", unsettled))):
+            row["notes"] = said
         benchmark.extra_info.update(row)
         record(what, shape, **row)
         return row
@@ -116,6 +141,7 @@ def compare(benchmark, device, record) -> Callable[..., dict[str, Any]]:
 
 
 def _commit() -> str:
+    """Of the working tree; where there is no repository, what COMMIT in the environment says."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -124,7 +150,7 @@ def _commit() -> str:
             ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COMMIT") or "unknown"
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
@@ -154,42 +180,15 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return str(value)
-
-
-def _table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    head = (
-        f"{machine['device']}, {machine['threads']} CPU threads, {machine['isa']};"
-        f" torch {machine['torch']}, CUDA {machine['cuda_version'] or 'not built'}."
-        " Medians; ratio = baseline ms / ms (above 1: faster than the baseline).\n"
-    )
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cell(row.get(column)) for column in COLUMNS) + " |" for row in rows]
-    return head + "\n" + "\n".join(lines) + "\n"
-
-
-def _place(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[key] for key in KEY)
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     folder = session.config.getoption("--bench-out")
     if folder is None or not _rows:
         return
-    machine = _machine()
-    name = session.config.getoption("--bench-name") or re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [row | {"commit": machine["commit"]} for row in _rows]
-    path = folder / f"{name}.json"
-    if path.is_file():  # what was not measured again stays, with the commit that it was measured at
-        new = {_place(row) for row in rows}
-        before = json.loads(path.read_text())["rows"]
-        rows = sorted([row for row in before if _place(row) not in new] + rows, key=_place)
-    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(_table(machine, rows))
-    print(f"\nwrote {folder / name}.json and .md")
+    path = table.write(_machine(), _rows, folder, session.config.getoption("--bench-name"))
+    print(f"\nwrote {path} and the .json beside it")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, so that no capture of a graph has to look at it again."""
+    gc.collect()
+    gc.freeze()

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from timing import bytes_of
 
 from vlprune_ext import _native, ops
 
@@ -55,7 +56,8 @@ MEASURE_RSS = """
 import sys, torch
 from vlprune_ext import ops
 h, t, d = map(int, sys.argv[1:4])
-q, k = torch.randn(1, h, t, d), torch.randn(1, h, t, d)
+dtype = getattr(torch, sys.argv[5])
+q, k = torch.randn(1, h, t, d).to(dtype), torch.randn(1, h, t, d).to(dtype)
 lse = torch.full((1, h, t), float(t)).log()
 ops.attention_importance(q[:, :, :1], k[:, :, :1], lse[:, :, :1])
 def status(key):
@@ -67,12 +69,13 @@ print(status("VmHWM") - before)
 """
 
 
-def extra_memory_mb(h: int, t: int, d: int, reduce: str, device: torch.device) -> float:
+def extra_memory_mb(h: int, t: int, d: int, reduce: str, dtype: torch.dtype, device: torch.device) -> float:
     """What one call needs beyond its inputs, at its peak: by a process's resident memory, or by CUDA's allocator."""
     if device.type == "cpu":
-        command = [sys.executable, "-c", MEASURE_RSS, str(h), str(t), str(d), reduce]
+        sizes = [str(value) for value in (h, t, d, reduce, str(dtype).removeprefix("torch."))]
+        command = [sys.executable, "-c", MEASURE_RSS, *sizes]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    q, k, _ = make(h, h, t, t, d, torch.float32, device)
+    q, k, _ = make(h, h, t, t, d, dtype, device)
     lse = torch.zeros(1, h, t, device=device)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -89,24 +92,29 @@ def test_attention_importance(tokens, reduce, dtype, device, compare):
     skip_what_torch_takes_minutes_for(dtype, device)
     name = "LLaVA-1.5-7B"
     h, hkv, d = MODELS[name]
-    q, k, v = make(h, hkv, tokens, tokens, d, dtype, device)
-    lse = lse_in_torch(q, k) if device.type == "cuda" and dtype == torch.float32 else flash(q, k, v)[1]
+
+    def inputs():
+        q, k, v = make(h, hkv, tokens, tokens, d, dtype, device)
+        in_torch = device.type == "cuda" and dtype == torch.float32
+        return q, k, lse_in_torch(q, k) if in_torch else flash(q, k, v)[1]
+
     extra = {}
     if tokens == 8192:
-        memory = extra_memory_mb(h, tokens, d, reduce, device)
-        extra = {"extra_memory_mb": memory, "notes": f"{memory:.1f} MB extra; the map: {4 * h * tokens**2 / 2**20:.0f}"}
-        assert memory < 0.01 * 4 * h * tokens**2 / 2**20
+        memory, map_mb = extra_memory_mb(h, tokens, d, reduce, dtype, device), dtype.itemsize * h * tokens**2 / 2**20
+        extra = {"extra_memory_mb": memory, "notes": f"{memory:.1f} MB extra; the map: {map_mb:.0f}"}
+        assert memory < 0.01 * map_mb
     alone = device.type == "cpu" and tokens == 8192
     compare(
         f"attention_importance, {reduce}",
         f"{name}: H={h} T={tokens} d={d}",
-        lambda: ops.attention_importance(q, k, lse, reduce=reduce),
-        None if alone else lambda: map_in_torch(q, k, reduce),
+        lambda q, k, lse: ops.attention_importance(q, k, lse, reduce=reduce),
+        None if alone else lambda q, k, lse: map_in_torch(q, k, reduce),
+        inputs=inputs,
         baseline_name="" if alone else "softmax(q @ k.T), reduced",
         dtype=dtype,
         flops=2 * h * tokens**2 * d,
-        moved=2 * q.numel() * q.element_size() + lse.numel() * 4,
-        rounds=15 if device.type == "cuda" else 2 if alone else 5,
+        moved=2 * h * tokens * d * dtype.itemsize + 4 * h * tokens,
+        rounds=2 if alone else 5,
         **extra,
     )
 
@@ -120,17 +128,21 @@ def test_attention_importance_beside_flash(tokens, dtype, device, compare):
         pytest.skip("flash attention takes 16-bit numbers on a GPU")
     name = "LLaVA-1.5-7B"
     h, hkv, d = MODELS[name]
-    q, k, v = make(h, hkv, tokens, tokens, d, dtype, device)
-    lse = flash(q, k, v)[1]
+
+    def inputs():
+        q, k, v = make(h, hkv, tokens, tokens, d, dtype, device)
+        return q, k, v, flash(q, k, v)[1]
+
     compare(
         "attention_importance beside attention",
         f"{name}: H={h} T={tokens} d={d}",
-        lambda: ops.attention_importance(q, k, lse),
-        lambda: flash(q, k, v),
+        lambda q, k, v, lse: ops.attention_importance(q, k, lse),
+        lambda q, k, v, lse: flash(q, k, v),
+        inputs=inputs,
         baseline_name="SDPA flash forward",
         dtype=dtype,
         flops=2 * h * tokens**2 * d,
-        rounds=15 if device.type == "cuda" else 2 if tokens == 8192 else 5,
+        rounds=2 if tokens == 8192 else 5,
     )
 
 
@@ -140,23 +152,23 @@ def test_attention_importance_beside_flash(tokens, dtype, device, compare):
 def test_attention_importance_of_one_row(name, tokens, dtype, device, compare):
     """The last query: bound by reading k."""
     h, hkv, d = MODELS[name]
-    q, k, _ = make(h, hkv, 1, tokens, d, dtype, device)
-    lse = lse_in_torch(q, k)
+
+    def inputs():
+        q, k, _ = make(h, hkv, 1, tokens, d, dtype, device)
+        return q, k, lse_in_torch(q, k)
+
     compare(
         "attention_importance, one row",
         f"{name}: H={h} Hkv={hkv} Tk={tokens} d={d}",
-        lambda: ops.attention_importance(q, k, lse),
-        lambda: map_in_torch(q, k, "sum"),
+        ops.attention_importance,
+        lambda q, k, lse: map_in_torch(q, k, "sum"),
+        inputs=inputs,
         baseline_name="softmax(q @ k.T), summed",
         dtype=dtype,
         flops=2 * h * tokens * d,
-        moved=k.numel() * k.element_size(),
+        moved=hkv * tokens * d * dtype.itemsize,
         rounds=15,
     )
-
-
-def bytes_of(*tensors):
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 # ---- select_tokens --------------------------------------------------------------------------------------------------
@@ -164,23 +176,27 @@ def bytes_of(*tensors):
 
 @pytest.mark.parametrize("tokens", [576, 2048])
 def test_select_tokens(tokens, device, compare):
-    score = torch.randn(8, tokens, device=device).softmax(-1)
     keep = tokens // 4
 
-    def topk_and_sort():
+    def scores():
+        return (torch.randn(8, tokens, device=device).softmax(-1),)
+
+    def topk_and_sort(score):
         return score.topk(keep, dim=1).indices.sort(dim=1).values
 
+    (score,) = scores()
     ours, theirs = (
-        score.gather(1, index).sort(1).values for index in (ops.select_tokens(score, keep), topk_and_sort())
+        score.gather(1, index).sort(1).values for index in (ops.select_tokens(score, keep), topk_and_sort(score))
     )
     assert torch.equal(ours, theirs)  # among equal scores topk may choose others
     compare(
         "select_tokens",
         f"score=[8, {tokens}], keep={keep}",
-        lambda: ops.select_tokens(score, keep),
+        lambda score: ops.select_tokens(score, keep),
         topk_and_sort,
+        inputs=scores,
         baseline_name="topk, sort",
-        moved=bytes_of(score) + 8 * keep * 8,
+        moved=8 * tokens * 4 + 8 * keep * 8,
         rounds=25,
     )
 
@@ -209,19 +225,24 @@ def greedy_in_torch(x, keep):
 def test_diverse_tokens(name, keep, dtype, device, compare):
     skip_what_torch_takes_minutes_for(dtype, device)
     tokens, d, _ = VISUAL[name]
-    x = (torch.randint(0, 2, (1, tokens, d), device=device) * 2 - 1).to(dtype)  # cosines are exact in fp32
+
+    def features():  # whose cosines are exact in fp32
+        return ((torch.randint(0, 2, (1, tokens, d), device=device) * 2 - 1).to(dtype),)
+
+    (x,) = features()
     if dtype == torch.float32:
         assert ops.diverse_tokens(x, keep)[0].nonzero()[:, 0].equal(greedy_in_torch(x[0], keep).sort().values)
     compare(
         "diverse_tokens",
         f"{name}: T={tokens} d={d} keep={keep}",
-        lambda: ops.diverse_tokens(x, keep),
-        lambda: greedy_in_torch(x[0], keep),
+        lambda x: ops.diverse_tokens(x, keep),
+        lambda x: greedy_in_torch(x[0], keep),
+        inputs=features,
         baseline_name="cosines, a greedy loop in Python",
         dtype=dtype,
         flops=tokens**2 * d,  # half of all products: the others are the same
         moved=bytes_of(x) + 4 * tokens**2,
-        rounds=15 if device.type == "cuda" else 5,
+        rounds=5,
     )
 
 
@@ -247,45 +268,49 @@ def layer_state(device):
 
 @pytest.mark.parametrize("beside", ["gather", "index_select", "copy"])
 def test_compact_tokens(beside, device, compare):
-    tensors, dims = layer_state(device)
-    index = torch.rand(1, TOKENS, device=device).argsort(1)[:, :KEEP].sort(1).values
-    kept = ops.compact_tokens(index, tensors, dims)
-    places = [
-        index.view([1] * dim + [KEEP] + [1] * (result.dim() - dim - 1)).expand(result.shape)
-        for result, dim in zip(kept, dims, strict=True)
-    ]
-    copies = [torch.empty_like(tensor) for tensor in kept]
+    dims = layer_state(device)[1]
 
-    def gather():
+    def inputs():
+        tensors, _ = layer_state(device)
+        index = torch.rand(1, TOKENS, device=device).argsort(1)[:, :KEEP].sort(1).values
+        kept = ops.compact_tokens(index, tensors, dims)
+        places = [
+            index.view([1] * dim + [KEEP] + [1] * (result.dim() - dim - 1)).expand(result.shape)
+            for result, dim in zip(kept, dims, strict=True)
+        ]
+        return index, tensors, places, kept, [torch.empty_like(tensor) for tensor in kept]
+
+    def gather(index, tensors, places, kept, into):
         return [tensor.gather(dim, place) for tensor, dim, place in zip(tensors, dims, places, strict=True)]
 
-    def index_select():  # works for a batch of one only
+    def index_select(index, tensors, places, kept, into):  # works for a batch of one only
         return [tensor.index_select(dim, index[0]) for tensor, dim in zip(tensors, dims, strict=True)]
 
-    def copy():
-        for result, other in zip(kept, copies, strict=True):
+    def copy(index, tensors, places, kept, into):
+        for result, other in zip(kept, into, strict=True):
             other.copy_(result)
 
-    if beside != "copy":
-        for ours, theirs in zip(kept, gather() if beside == "gather" else index_select(), strict=True):
-            assert torch.equal(ours, theirs)
-    into = [torch.empty_like(tensor) for tensor in kept]
-
-    def compact():
+    def compact(index, tensors, places, kept, into):
         if beside == "copy":  # both into given tensors: on a CPU, the page faults of new ones would hide the difference
             _native.compact_tokens(index, tensors, into, dims, TOKENS)
         else:
-            ops.compact_tokens(index, tensors, dims)
+            return ops.compact_tokens(index, tensors, dims)
 
+    baseline = {"gather": gather, "index_select": index_select, "copy": copy}[beside]
+    given = inputs()
+    if beside != "copy":
+        for ours, theirs in zip(given[3], baseline(*given), strict=True):
+            assert torch.equal(ours, theirs)
     compare(
         "compact_tokens / copy" if beside == "copy" else f"compact_tokens, {beside}",
         f"layer of {TOKENS} tokens, keep={KEEP}",
         compact,
-        {"gather": gather, "index_select": index_select, "copy": copy}[beside],
+        baseline,
+        inputs=inputs,
         baseline_name={"copy": "copy_ of what is kept"}.get(beside, f"{beside}, one a tensor"),
         dtype=torch.bfloat16,
-        moved=2 * bytes_of(*kept),
-        rounds=25 if device.type == "cuda" else 9,
+        moved=2 * bytes_of(given[3]),
+        rounds=9,
     )
 
 
@@ -315,25 +340,28 @@ def test_match_tokens(name, dtype, device, compare):
     batch, tokens, d, count = MATCHED[name]
     if batch > 1:
         skip_what_torch_takes_minutes_for(dtype, device)
-    key = torch.randn(batch, tokens, d, device=device).to(dtype)
     target = alternating(batch, tokens, count, device)
-    targets, sources = key[target].view(batch, count, d), key[~target].view(batch, tokens - count, d)
 
-    def product_and_max():
+    def inputs():
+        key = torch.randn(batch, tokens, d, device=device).to(dtype)
+        return key, key[target].view(batch, count, d), key[~target].view(batch, tokens - count, d)
+
+    def product_and_max(key, targets, sources):
         unit = torch.nn.functional.normalize(sources, dim=-1)
         return (unit @ torch.nn.functional.normalize(targets, dim=-1).mT).max(-1)
 
-    ours, theirs = ops.match_tokens(key, target)[0][~target].view(batch, -1), product_and_max().values
+    given = inputs()
+    ours, theirs = ops.match_tokens(given[0], target)[0][~target].view(batch, -1), product_and_max(*given).values
     torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=8 * torch.finfo(dtype).eps)
     compare(
         "match_tokens",
         f"{name}: {batch} x [{tokens}, {d}], {count} targets",
-        lambda: ops.match_tokens(key, target),
+        lambda key, targets, sources: ops.match_tokens(key, target),
         product_and_max,
+        inputs=inputs,
         baseline_name="normalize, @, max",
         dtype=dtype,
         flops=2 * batch * count * (tokens - count) * d,
-        rounds=25 if device.type == "cuda" else 7,
     )
 
 
@@ -352,27 +380,32 @@ MERGED = {
 def test_merge_tokens(name, dtype, device, compare):
     """Beside index_add_ of fp32 numbers, of which it is known where each goes, and a division."""
     batch, tokens, width, keep = MERGED[name]
-    x = torch.randn(batch, tokens, width, device=device).to(dtype)
+
+    def rows():
+        return (torch.randn(batch, tokens, width, device=device).to(dtype),)
+
     index = alternating(batch, tokens, keep, device).nonzero()[:, 1].view(batch, keep)
     goal = torch.randint(0, keep, (batch, tokens), device=device)
     goal.scatter_(1, index, torch.arange(keep, device=device).expand_as(index))
     match, flat = index.gather(1, goal), (goal + torch.arange(batch, device=device)[:, None] * keep).flatten()
     ones = torch.ones(batch * tokens, device=device)
 
-    def index_add():
+    def index_add(x):
         total = ones.new_zeros(batch * keep).index_add_(0, flat, ones)
         sums = ones.new_zeros(batch * keep, width).index_add_(0, flat, x.view(-1, width).float())
         return (sums / total[:, None]).to(dtype).view(batch, keep, width)
 
+    (x,) = rows()
     (ours,), _ = ops.merge_tokens(index, match, [x])
-    torch.testing.assert_close(ours, index_add(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(ours, index_add(x), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     compare(
         "merge_tokens",
         f"{name}: {batch} x [{tokens}, {width}], keep={keep}",
-        lambda: ops.merge_tokens(index, match, [x]),
+        lambda x: ops.merge_tokens(index, match, [x]),
         index_add,
+        inputs=rows,
         baseline_name="index_add_, /",
         dtype=dtype,
         moved=bytes_of(x, ours),
-        rounds=25 if device.type == "cuda" else 9,
+        rounds=9,
     )
