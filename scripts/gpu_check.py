@@ -162,12 +162,20 @@ def machine(visit: Visit, until: float) -> str:
     )
     commands = [["nvidia-smi"], ["nvcc", "--version"], [visit.python, "-c", versions]]
     found = [visit.step("summary.log", command, until=until) for command in commands]
-    nvcc = shutil.which("nvcc")
-    folders = [] if nvcc is None else [Path(nvcc).resolve().parent.parent / "include"]
-    headers = [f for folder in folders for f in (folder / "cccl/cub/cub.cuh", folder / "cub/cub.cuh") if f.is_file()]
-    visit.say(f"gpu-check: CUB: {headers[0] if headers else 'not beside nvcc'}")
+    visit.say(f"gpu-check: CUB: {_cub() or 'not where nvcc looks'}")
     visit.say(f"gpu-check: commit {os.environ.get('COMMIT') or 'unknown'}, csrc {digest(visit.root)}")
     return "; ".join(filter(None, found))
+
+
+def _cub() -> Path | None:
+    """Return the folder of headers with CUB in it among those where nvcc looks."""
+    try:
+        asked = ["nvcc", "--dryrun", "-x", "cu", "-E", "/dev/null"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=5).stderr
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    folders = (Path(path).resolve() for path in re.findall(r'"(?:-I)?(/[^"]+)"', said))
+    return next((folder for folder in folders if (folder / "cub/block/block_scan.cuh").is_file()), None)
 
 
 def digest(root: Path) -> str:
@@ -216,15 +224,19 @@ def smoke(visit: Visit, until: float) -> str:
     return visit.step("tests.log", visit.pytest("tests/ops", "-m", "gpu", "-k", "cuda_graph"), until=until)
 
 
-def _benchmarks(visit: Visit, folder: str, until: float) -> str:
+def _benchmarks(visit: Visit, folder: str, first: Sequence[str], until: float) -> str:
+    """Run a folder of benchmarks, the files ``first`` before the others."""
+    found = sorted(path.name for path in (visit.root / "benchmarks" / folder).glob("bench_*.py"))
+    names = dict.fromkeys([*(f"bench_{name}.py" for name in first), *found])
+    places = [f"benchmarks/{folder}/{name}" for name in names]
     rows = ["--bench-rows", str(visit.out / "results.jsonl")]
-    command = visit.pytest(f"benchmarks/{folder}", "-o", "python_files=bench_*.py", *rows)
+    command = visit.pytest(*places, "-o", "python_files=bench_*.py", *rows)
     return visit.step("bench.log", command, until=until)
 
 
 def kernels(visit: Visit, until: float) -> str:
     """Time the kernels, alone on the GPU."""
-    return _benchmarks(visit, "kernels", until)
+    return _benchmarks(visit, "kernels", ["layerwise", "token", "ablation"], until)
 
 
 def tests(visit: Visit, until: float) -> str:
@@ -259,7 +271,7 @@ def ncu(visit: Visit, until: float) -> str:
 
 def models(visit: Visit, until: float) -> str:
     """Time whole models with what is left: scoring a tower, the coarse stage, a prefill of 7B with FastV."""
-    return _benchmarks(visit, "models", until)
+    return _benchmarks(visit, "models", ["scoring", "coarse_stage", "prune_tokens"], until)
 
 
 PARTS: dict[str, Callable[[Visit, float], str]] = {

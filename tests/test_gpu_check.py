@@ -125,6 +125,27 @@ def test_commands(place):
     assert [rows in calls[part][0] for part in ("kernels", "models")] == [True, True]
 
 
+def test_benchmarks_are_there(place):
+    """pytest refuses a file that is not there, and would run nothing."""
+    extra = place.root / "benchmarks" / "kernels" / "bench_gather.py"
+    extra.parent.mkdir(parents=True)
+    extra.touch()
+    place.visit(["kernels", "models"])
+    named = [word for line in place.calls() for word in re.findall(r"\[(benchmarks/[^]]+)\]", line)]
+    assert len(named) == 7
+    assert named[3] == "benchmarks/kernels/bench_gather.py"
+    assert all((ROOT / name).is_file() for name in named if name != named[3])
+
+
+def test_cub_is_looked_for_where_nvcc_looks(place, tmp_path):
+    header = tmp_path / "cuda" / "include" / "cub" / "block" / "block_scan.cuh"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    place.part_does("machine", f"""echo '#$ INCLUDES="-I/nothing" "-isystem" "{tmp_path}/cuda/include"' >&2""")
+    place.visit(["machine"])
+    assert f"gpu-check: CUB: {tmp_path}/cuda/include\n" in (place.out / "summary.log").read_text()
+
+
 def test_a_part_that_takes_too_long_leaves_less_for_the_others(place):
     place.part_does("kernels", "echo measured; echo 400 >> $FAKE/clock; sleep 60")
     assert place.visit().failed == ["kernels"]
@@ -135,7 +156,7 @@ def test_a_part_that_takes_too_long_leaves_less_for_the_others(place):
 
 
 def test_parts_for_which_no_time_is_left_are_named(place):
-    assert place.visit(budget=13).failed == ["kernels", "tests", "sanitizers", "ncu", "models"]
+    assert place.visit(budget=14).failed == ["kernels", "tests", "sanitizers", "ncu", "models"]
     assert place.summary()["smoke"] == "ok"
     assert place.summary()["models"] == "left out, no time left"
 
