@@ -21,8 +21,8 @@ import torch
 from transformers import TrainerCallback
 
 import vlprune_ext as vp
-from vlprune_ext.methods import COLLABORATIVE, CoMP
-from vlprune_ext.models import load_model
+from vlprune_ext.checkpoint.models import load_model
+from vlprune_ext.methods import JOINT, CoMP
 
 SOURCES = {"blip-digits": "digits-questions", "clip-digits": "digits", "llava-digits": "digits-questions"}
 METRICS = {"blip-digits": "exact_match", "clip-digits": "recall@1", "llava-digits": "exact_match"}
@@ -35,7 +35,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "CoMP, modes pruned untried": {"confirm": False},
     "CoMP, thresholds not held": {"hold": False},
 }
-NAMES = {method.__name__: method for method in COLLABORATIVE.values()}
+NAMES = {method.__name__: method for method in JOINT.values()}
 STEPS, INTERVAL, BATCH, RATE = 200, 10, 32, 3e-4
 SCENES = {"train": 4000, "calibration": 64, "validation": 256, "test": 1000}
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import vlprune_ext as vp
-from vlprune_ext.models import load_model
+from vlprune_ext.checkpoint.models import load_model
 
 SPARSITIES = (0.5, 0.6, 0.7, "2:4")
 SAMPLES = 256  # calibration scenes

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 import vlprune_ext as vp
-from vlprune_ext.models import load_model
-from vlprune_ext.token_trials import default_metric, judge
+from vlprune_ext.anatomy import describe
+from vlprune_ext.checkpoint.models import load_model
+from vlprune_ext.objectives import usual_objective
 from vlprune_ext.tokens import TokenMethod
+from vlprune_ext.workflow.token_trials import judge
 
 KEEPS = (0.5, 0.25, 0.11)
 SCENES = 1000
@@ -74,7 +76,7 @@ class Task:
     def __init__(self, name: str, split: str) -> None:
         self.model = load_model(name).model
         self.split = split
-        self.metric = default_metric(self.model)
+        self.metric = usual_objective(describe(self.model), "answer").name
         self.scenes: dict[int, vp.Data] = {}
 
     def run(self, variant: Variant | None, keep: float, seed: int) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def untrained_clip(tmp_path_factory) -> Path:
 @pytest.fixture
 def charts(monkeypatch) -> dict:
     """The charts that pages show, by title; the pages hold their titles in their place, which takes less time."""
-    from vlprune_ext import report, stage_report  # matplotlib is slow to import
+    from vlprune_ext.report import pruning, stages  # matplotlib is slow to import
 
     drawn = {}
 
@@ -66,7 +66,7 @@ def charts(monkeypatch) -> dict:
         drawn[figure.get_suptitle()] = figure
         return f"<svg>{figure.get_suptitle()}</svg>"
 
-    for page in (report, stage_report):
+    for page in (pruning, stages):
         monkeypatch.setattr(page, "svg", title)
     return drawn
 

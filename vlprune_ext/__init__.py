@@ -5,105 +5,54 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from . import methods as _methods
+from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import ops, reference, zoo
+    from . import anatomy, ops, reference, zoo
     from .anatomy import describe
+    from .apply_plan import apply
     from .checkpoint import load_pruned, save_pruned
-    from .comp.training import train
     from .data import Data, load_data
-    from .distillation import distill
-    from .interventions import DropHead, DropLayer, DropNeurons, PerturbWeight
-    from .methods import (
-        PLPHP,
-        CoMP,
-        DivPrune,
-        ECoFLaP,
-        FastV,
-        GlobalMagnitude,
-        JointSequential,
-        JointSimultaneous,
-        LookM,
-        Magnitude,
-        MoPE,
-        ParametersOnly,
-        PyramidDrop,
-        Random,
-        RandomTokens,
-        SparseGPT,
-        Taylor,
-        TokensOnly,
-        ToMe,
-        VisionZip,
-        Wanda,
-    )
+    from .methods import *
     from .objectives import Contrastive, LMLoss, Objective, Retrieval, ZeroShot
-    from .pipeline import Result, evaluate, measure, plan_cost, prune, prune_weights
     from .plan import Module, Plan, Scores
-    from .replay import Replay
-    from .scoring import score
-    from .semi_structured import to_semi_structured
-    from .surgery import apply, masked
+    from .replay import DropHead, DropLayer, DropNeurons, PerturbWeight, Replay
     from .tokens import Pruning, prune_tokens
+    from .training.distillation import distill
+    from .training.trainer import train
+    from .units.ablation import score
+    from .units.masking import masked
+    from .weights.semi_structured import to_semi_structured
+    from .workflow.compare import Comparison, compare
+    from .workflow.cost import plan_cost
+    from .workflow.measure import evaluate, measure
+    from .workflow.prune import Result, Training, prune, prune_weights
 
-# Public name -> where it lives. Loaded on first use, so that `vlprune --help` does not wait for torch.
-_HOMES = {
-    "describe": "anatomy",
-    "load_pruned": "checkpoint",
-    "save_pruned": "checkpoint",
-    "train": "comp.training",
-    "Data": "data",
-    "load_data": "data",
-    "distill": "distillation",
-    "DropHead": "interventions",
-    "DropLayer": "interventions",
-    "DropNeurons": "interventions",
-    "PerturbWeight": "interventions",
-    "PLPHP": "methods",
-    "CoMP": "methods",
-    "DivPrune": "methods",
-    "ECoFLaP": "methods",
-    "FastV": "methods",
-    "GlobalMagnitude": "methods",
-    "JointSequential": "methods",
-    "JointSimultaneous": "methods",
-    "LookM": "methods",
-    "Magnitude": "methods",
-    "MoPE": "methods",
-    "ParametersOnly": "methods",
-    "PyramidDrop": "methods",
-    "Random": "methods",
-    "RandomTokens": "methods",
-    "SparseGPT": "methods",
-    "Taylor": "methods",
-    "ToMe": "methods",
-    "TokensOnly": "methods",
-    "VisionZip": "methods",
-    "Wanda": "methods",
-    "Contrastive": "objectives",
-    "LMLoss": "objectives",
-    "Objective": "objectives",
-    "Retrieval": "objectives",
-    "ZeroShot": "objectives",
-    "Result": "pipeline",
-    "evaluate": "pipeline",
-    "measure": "pipeline",
-    "plan_cost": "pipeline",
-    "prune": "pipeline",
-    "prune_weights": "pipeline",
-    "Module": "plan",
-    "Plan": "plan",
-    "Scores": "plan",
-    "Replay": "replay",
-    "score": "scoring",
-    "to_semi_structured": "semi_structured",
-    "apply": "surgery",
-    "masked": "surgery",
-    "Pruning": "tokens",
-    "prune_tokens": "tokens",
+# Where each public name is; the methods' are in their registry. Loaded on first use, so that `vlprune --help` does not
+# wait for torch.
+_NAMES = {
+    "anatomy": ("describe",),
+    "apply_plan": ("apply",),
+    "checkpoint": ("load_pruned", "save_pruned"),
+    "data": ("Data", "load_data"),
+    "methods": tuple(entry.title for entry in _methods.REGISTRY),
+    "objectives": ("Contrastive", "LMLoss", "Objective", "Retrieval", "ZeroShot"),
+    "plan": ("Module", "Plan", "Scores"),
+    "replay": ("DropHead", "DropLayer", "DropNeurons", "PerturbWeight", "Replay"),
+    "tokens": ("Pruning", "prune_tokens"),
+    "training.distillation": ("distill",),
+    "training.trainer": ("train",),
+    "units.ablation": ("score",),
+    "units.masking": ("masked",),
+    "weights.semi_structured": ("to_semi_structured",),
+    "workflow.compare": ("Comparison", "compare"),
+    "workflow.cost": ("plan_cost",),
+    "workflow.measure": ("evaluate", "measure"),
+    "workflow.prune": ("Result", "Training", "prune", "prune_weights"),
 }
-_ROOMS = ("ops", "reference", "zoo")
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+_ROOMS = ("anatomy", "ops", "reference", "zoo")
 
 __all__ = ["__version__", *_ROOMS, *_HOMES]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 try:
-    from . import _C
+    from vlprune_ext import _C
 except ImportError as error:
     raise ImportError(
         f"vlprune_ext: the compiled module vlprune_ext._C cannot be imported ({error}). It is built by installing the"

@@ -8,9 +8,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from vlprune_ext import ops
 from vlprune_ext.anatomy import describe
 from vlprune_ext.data import Data
-from vlprune_ext.matrices import matrices
 from vlprune_ext.objectives import LMLoss
-from vlprune_ext.sensitivity import perturbation, zeroth_order
+from vlprune_ext.weights.matrices import matrices
+from vlprune_ext.weights.sensitivity import perturbation, zeroth_order
 
 
 def llava_of_12_and_12(device):

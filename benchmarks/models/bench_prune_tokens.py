@@ -18,7 +18,7 @@ import transformers
 from memory import peak_mb
 
 import vlprune_ext as vp
-from vlprune_ext.flops import count_flops
+from vlprune_ext.anatomy.flops import count_flops
 
 IMAGE, TEXT = 4, 64
 VISION = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}

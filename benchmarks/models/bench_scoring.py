@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 from vlprune_ext.anatomy import describe
 from vlprune_ext.objectives import Contrastive
 from vlprune_ext.replay import Replay
-from vlprune_ext.scoring import candidates, neuron_groups
+from vlprune_ext.units.candidates import candidates, neuron_groups
 
 
 def vit_b16():

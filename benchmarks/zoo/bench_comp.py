@@ -18,10 +18,10 @@ from memory import peak_mb
 from safetensors.torch import load_file, save_file
 
 import vlprune_ext as vp
-from vlprune_ext.comp.removal import PlannedTokens
-from vlprune_ext.comp.training import WithLoss
-from vlprune_ext.flops import count_flops
-from vlprune_ext.models import load_model
+from vlprune_ext.anatomy.flops import count_flops
+from vlprune_ext.checkpoint.models import load_model
+from vlprune_ext.tokens.planned import PlannedTokens
+from vlprune_ext.training.trainer import WithLoss
 
 SOURCES = {"clip-digits": "digits", "blip-digits": "digits-questions", "llava-digits": "digits-questions"}
 METRICS = {"clip-digits": "recall@1", "blip-digits": "exact_match", "llava-digits": "exact_match"}

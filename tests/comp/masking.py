@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 from vlprune_ext.anatomy import describe
+from vlprune_ext.anatomy.patch import Patches
 from vlprune_ext.comp.masks import Masks
-from vlprune_ext.comp.tokens import Threshold
-from vlprune_ext.patch import Patches
+from vlprune_ext.tokens.flow import Threshold
 
 
 @contextmanager

@@ -7,11 +7,11 @@ import torch
 from models import tiny
 
 from vlprune_ext.anatomy import describe
+from vlprune_ext.anatomy.flops import count_flops
+from vlprune_ext.anatomy.patch import Patches
+from vlprune_ext.apply_plan import apply
 from vlprune_ext.comp import block_flops
-from vlprune_ext.flops import count_flops
-from vlprune_ext.patch import Patches
 from vlprune_ext.plan import Plan
-from vlprune_ext.surgery import apply
 
 NAMES = ("clip", "siglip", "blip_itr", "blip_vqa", "llava", "vit", "llama", "paligemma", "internvl", "t5")
 

@@ -9,7 +9,7 @@ from models import tiny
 from tokens import oracle
 
 import vlprune_ext as vp
-from vlprune_ext.comp.removal import PlannedTokens
+from vlprune_ext.tokens.planned import PlannedTokens
 
 
 @pytest.mark.parametrize("limits", [HARD, KEEP], ids=["threshold", "keep"])

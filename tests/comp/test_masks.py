@@ -12,9 +12,9 @@ from models import tiny
 from tokens import oracle
 
 from vlprune_ext.anatomy import describe
+from vlprune_ext.anatomy.patch import Patches
 from vlprune_ext.comp.masks import Masks, examine, inputs_of
 from vlprune_ext.objectives import objective_named
-from vlprune_ext.patch import Patches
 
 NAMES = ("clip", "blip_vqa", "llava")
 

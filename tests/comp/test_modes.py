@@ -11,11 +11,11 @@ from comp.test_masks import batches_of
 from models import tiny
 
 from vlprune_ext.anatomy import describe
+from vlprune_ext.anatomy.patch import Patches
 from vlprune_ext.comp.masks import Masks, examine
 from vlprune_ext.comp.modes import BITE, LEVEL, MODES, Budget, level
 from vlprune_ext.comp.validation import Validation
 from vlprune_ext.objectives import objective_named
-from vlprune_ext.patch import Patches
 from vlprune_ext.plan import Plan
 
 UNITS = ("vision parameters", "language parameters", "cross-modal parameters", "parameters")

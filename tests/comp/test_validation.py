@@ -8,18 +8,18 @@ import pytest
 import torch
 from comp.eager import Eager, inputs
 from comp.test_masks import batches_of
-from comp.test_removal import plan_of
 from models import tiny
 from tokens import oracle
+from tokens.test_planned import plan_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlprune_ext as vp
 from vlprune_ext.anatomy import describe
+from vlprune_ext.anatomy.patch import Patches
 from vlprune_ext.comp.masks import Masks
-from vlprune_ext.comp.tokens import Threshold
 from vlprune_ext.comp.validation import Validation
 from vlprune_ext.objectives import objective_named
-from vlprune_ext.patch import Patches
+from vlprune_ext.tokens.flow import Threshold
 
 LIMITS = {"vision": Threshold(going=0.09, gone=0.07, soft=0.4), "text": Threshold(going=0.06, gone=0.05, soft=0.4)}
 NAMES = ("clip", "blip_vqa", "llava")

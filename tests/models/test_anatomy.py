@@ -8,8 +8,9 @@ from torch import nn
 
 from vlprune_ext import anatomy
 from vlprune_ext.anatomy import Family, describe
+from vlprune_ext.apply_plan import apply
 from vlprune_ext.plan import Plan
-from vlprune_ext.surgery import apply, removable
+from vlprune_ext.units.surgery import removable
 
 TOWERS = {
     "clip": {"vision": 4, "text": 3},

@@ -34,6 +34,11 @@ class Anatomy:
         return {name: bind_tower(self.model, name, paths) for name, paths in self.family.towers.items()}
 
     @property
+    def pairs(self) -> bool:
+        """Whether the model embeds images and texts, each without the other: a dual encoder."""
+        return set(self.family.embed) == {"vision", "text"}
+
+    @property
     def head(self) -> nn.Module | None:
         return resolve(self.model, self.family.head) if self.family.head else None
 

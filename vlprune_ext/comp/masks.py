@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..anatomy import Anatomy, Site
+from ..anatomy.patch import Patches, evaluation_mode
 from ..data import Data
-from ..objectives import LMLoss, Objective
-from ..patch import Patches, evaluation_mode
+from ..objectives import Objective
+from ..tokens.flow import TokenFlow, Tokens, class_tokens
 from .flops import Load, Unit
 from .importance import ChannelImportance, token_weights
-from .tokens import TokenFlow, Tokens, class_tokens
 
 
 class Masks:
@@ -164,6 +164,4 @@ def inputs_of(
     anatomy: Anatomy, objective: Objective, data: Data, batch_size: int
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Tower -> what an objective feeds it; one tower where a run of it is a run of the whole model."""
-    towers = objective.towers(anatomy)
-    towers = towers[:1] if isinstance(objective, LMLoss) else towers
-    return {tower: objective.batches(anatomy, tower, data, batch_size) for tower in towers}
+    return {tower: objective.batches(anatomy, tower, data, batch_size) for tower in objective.runs(anatomy)}

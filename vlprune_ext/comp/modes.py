@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
-from ..surgery import removable
+from ..tokens.flow import Threshold, Tokens
+from ..units.surgery import removable
 from .flops import Load, Unit
 from .masks import Findings, Masks
-from .tokens import Threshold, Tokens
 
 LEVEL = 0.01  # how near `level` has to come
 BITE = 1 / 8  # of all that a mode could save from the dense model, what one stage takes at most

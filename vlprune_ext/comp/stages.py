@@ -11,22 +11,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..anatomy import describe
+from ..anatomy.patch import Patches
 from ..data import Data
-from ..patch import Patches
 from ..plan import Plan
 from .masks import Findings, Masks, examine, inputs_of
 from .modes import MODES, Budget, Mode, TokenMode, level
+from .settings import Settings
 from .strategy import ModeStrategy, cost
 from .validation import Measured, Validation
-
-if TYPE_CHECKING:
-    from ..methods.comp import CoMP
 
 COLLABORATIVE = (
     "vision parameters",
@@ -58,22 +56,28 @@ class _Choice:
 
 
 class Stages:
-    """CoMP at work on a model: hooks on, until ``patches.undo()``."""
+    """CoMP at work on a model: hooks on, until ``patches.undo()``.
 
-    def __init__(self, method: CoMP, model: nn.Module, validation: Data) -> None:
-        self.method, self.model = method, model
+    history  one entry a closed stage: what was chosen and why, what it saved and cost
+    """
+
+    def __init__(self, settings: Settings, model: nn.Module, validation: Data) -> None:
+        self.settings, self.model = settings, model
+        self.history: list[dict[str, Any]] = []
         self.anatomy = describe(model)
-        self.objective = method.objective_for(self.anatomy)
+        self.objective = settings.objective_for(self.anatomy)
         self.patches = Patches()
-        self.masks = Masks(self.anatomy, heads_vote=method.cit)
+        self.masks = Masks(self.anatomy, heads_vote=settings.cit)
         try:
             self.masks.install(self.patches)
-            self.validation = Validation(self.masks, self.objective, validation, method.batch_size)
-            self.scored = inputs_of(self.anatomy, self.objective, method.calibration or validation, method.batch_size)
+            self.validation = Validation(self.masks, self.objective, validation, settings.batch_size)
+            self.scored = inputs_of(
+                self.anatomy, self.objective, settings.calibration or validation, settings.batch_size
+            )
             self.now: Measured = self.validation.dense
             self.dense, self.whole = self.now.flops, self.now.load  # of the dense model
             self.modes = self._modes()
-            self.strategy = method.strategy(list(self.modes))
+            self.strategy = settings.strategy(list(self.modes))
             self.exhausted: list[str] = []
             self.mode: Mode | None = None  # of the open stage
             self.opened = 0  # the training step at which it began
@@ -87,12 +91,12 @@ class Stages:
     @property
     def length(self) -> int:
         """Training steps of the open stage."""
-        return max(1, round(self.method.interval * min(1.0, self.planned / self.method.step)))
+        return max(1, round(self.settings.interval * min(1.0, self.planned / self.settings.step)))
 
     @property
     def target(self) -> float:
         """FLOPs of one sample."""
-        return self.method.flops * self.dense
+        return self.settings.flops * self.dense
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
@@ -107,7 +111,7 @@ class Stages:
         choice = self._choose(found)
         self.mode, self.opened, self.planned = choice.mode, step, choice.saves / self.dense
         self.entry = {
-            "stage": len(self.method.history),
+            "stage": len(self.history),
             "step": step,
             "mode": choice.mode.name,
             "explored": choice.explored,
@@ -134,24 +138,24 @@ class Stages:
             among = [name for name in self.modes if name not in self.exhausted]
             if not among:
                 raise ValueError(
-                    f"flops: {self.method.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode can save"
-                    " more"
+                    f"flops: {self.settings.flops}, expected at least {self.now.flops / self.dense:.3f}: no mode"
+                    " can save more"
                 )
             if declined:
                 chosen, explored = self.strategy.cheapest(among), False
             else:
                 spent = (self.dense - self.now.flops) / (self.dense - self.target)
-                chosen, explored = self.method.choose(self.strategy, among, spent)
+                chosen, explored = self.settings.choose(self.strategy, among, spent)
             mode, costs = self.modes[chosen], dict(self.strategy.costs)
             saves = mode.raise_threshold(found, self._budget(), self._goal())
             if saves <= 0:
                 self.exhausted.append(chosen)
                 continue
             withdraw = self._hold_tokens(mode, found)
-            if chosen not in tried and (self.method.confirm or self.method.judged != "trained"):
+            if chosen not in tried and (self.settings.confirm or self.settings.judged != "trained"):
                 tried[chosen] = self._raised(mode)
                 lost = self._cost(self.now, tried[chosen], saves / self.dense)
-                if self.method.confirm and self.strategy.expected(chosen, lost) > min(costs[name] for name in among):
+                if self.settings.confirm and self.strategy.expected(chosen, lost) > min(costs[name] for name in among):
                     self.strategy.decline(chosen, lost)
                     declined[chosen] = lost
                     withdraw()
@@ -166,7 +170,7 @@ class Stages:
         all of it back.
         """
         held = []
-        if self.method.hold and not isinstance(mode, TokenMode):
+        if self.settings.hold and not isinstance(mode, TokenMode):
             changed = self._changed(mode)
             held = [m for m in self._token_modes() if changed & set(m.towers())]
         before = [m.limit.gone for m in held]
@@ -212,7 +216,7 @@ class Stages:
         self.mode.settle()
         before, self.now = self.now, self.validation.now()
         self._learn(before)
-        self.method.history.append(
+        self.history.append(
             {
                 **self.entry,
                 "closed": step,
@@ -236,7 +240,7 @@ class Stages:
         if "raised" in self.entry:
             raised = self.entry["raised"]
             seen["raised"] = replace(self.now, accuracy=raised["accuracy"], flops=raised["flops"] * self.dense)
-        used = [seen[name] for name in seen if self.method.judged in ("both", name)]
+        used = [seen[name] for name in seen if self.settings.judged in ("both", name)]
         after = replace(
             self.now,
             accuracy=sum(one.accuracy for one in used) / len(used),
@@ -247,13 +251,13 @@ class Stages:
         self.entry["cost"] = paid
 
     def _examine(self) -> Findings:
-        return examine(self.masks, self.objective, self.scored, weigh_tokens=self.method.cip)
+        return examine(self.masks, self.objective, self.scored, weigh_tokens=self.settings.cip)
 
     def _budget(self) -> Budget:
         return Budget(self.masks, self.validation.total, self.now.load)
 
     def _goal(self) -> float:
-        return min(self.method.step * self.dense, self.now.flops - self.target)
+        return min(self.settings.step * self.dense, self.now.flops - self.target)
 
     def _cost(self, before: Measured, after: Measured, planned: float) -> float:
         """Eq. (8), with FLOPs as shares of the dense model's.
@@ -268,10 +272,10 @@ class Stages:
 
     def _modes(self) -> dict[str, Mode]:
         """Those of the wanted modes that the model has."""
-        wanted = COLLABORATIVE if self.method.modes is None else self.method.modes
+        wanted = COLLABORATIVE if self.settings.modes is None else self.settings.modes
         built = {name: MODES[name](self.masks) for name in wanted}
         missing = [name for name, mode in built.items() if mode is None]
-        if missing and self.method.modes is not None:
+        if missing and self.settings.modes is not None:
             raise ValueError(f"modes: {type(self.model).__name__} has no {', '.join(missing)}")
         found = {name: mode for name, mode in built.items() if mode is not None}
         if not found:
@@ -293,10 +297,10 @@ class Stages:
                     self.exhausted.append(mode.name)
         everything = self.validation.within(lambda: self._all_raised(found, budget, math.inf, self.modes.values()))
         least = everything.flops / self.dense
-        if least > self.method.flops + CLOSE:
+        if least > self.settings.flops + CLOSE:
             raise ValueError(
-                f"flops: {self.method.flops}, expected at least {least:.3f}, the least that {', '.join(self.modes)} can"
-                f" leave of {type(self.model).__name__}"
+                f"flops: {self.settings.flops}, expected at least {least:.3f}, the least that {', '.join(self.modes)}"
+                f" can leave of {type(self.model).__name__}"
             )
 
     @contextmanager
@@ -336,7 +340,7 @@ class Stages:
             self.now = self.validation.now()
             return 1 - self.now.flops / goal
 
-        if self.method.hold and self.frozen and modes:
+        if self.settings.hold and self.frozen and modes:
             level(1.0, missing)
         else:
             self.now = self.validation.now()
@@ -345,11 +349,11 @@ class Stages:
     def plan(self) -> Plan:
         """What is gone."""
         self._return()
-        plan = Plan(self.anatomy.shape(), method={**self.method.describe(), "objective": self.objective.name})
-        found = self._examine() if self.method.tokens == "keep" else None
+        plan = Plan(self.anatomy.shape(), method={**self.settings.describe(), "objective": self.objective.name})
+        found = self._examine() if self.settings.tokens == "keep" else None
         for mode in self.modes.values():
             mode.write(plan, found)
-        plan.method["history"] = self.method.history
+        plan.method["history"] = self.history
         plan.method["reached"] = {
             "accuracy": self.now.accuracy,
             "flops": self.now.flops / self.dense,
@@ -363,7 +367,9 @@ class Stages:
         """Plain data, from which `load` goes on."""
         return {
             "fields": {
-                key: value for key, value in self.method.describe().items() if key not in ("validation", "calibration")
+                key: value
+                for key, value in self.settings.describe().items()
+                if key not in ("validation", "calibration")
             },
             "modes": {name: mode.state() for name, mode in self.modes.items()},
             "strategy": self.strategy.as_dict(),
@@ -376,7 +382,7 @@ class Stages:
             },
             "now": {"accuracy": self.now.accuracy, "flops": self.now.flops},
             "frozen": self.frozen,
-            "history": self.method.history,
+            "history": self.history,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -391,7 +397,7 @@ class Stages:
             mode.load(state["modes"][name])
         self.strategy = ModeStrategy(**state["strategy"])
         self.exhausted, self.frozen = list(state["exhausted"]), state["frozen"]
-        self.method.history = list(state["history"])
+        self.history = list(state["history"])
         self.opened, self.planned, self.entry = (state["stage"][key] for key in ("opened", "planned", "entry"))
         self.mode = self.modes.get(state["stage"]["mode"])
         self.now = replace(self.now, **state["now"])

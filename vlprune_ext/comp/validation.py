@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..anatomy.flops import count_flops
+from ..anatomy.patch import evaluation_mode
 from ..data import Data
-from ..flops import count_flops
-from ..interventions import Within
 from ..objectives import Objective
-from ..patch import evaluation_mode
-from ..replay import Replay
+from ..replay import Replay, Within
+from ..tokens.flow import memories
 from .flops import Load, Unit, blocks_flops
 from .masks import Masks, inputs_of
-from .tokens import memories
 
 Context = Callable[[], AbstractContextManager[object]]
 

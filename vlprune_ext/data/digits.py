@@ -6,11 +6,7 @@ from PIL import Image
 
 from ..zoo.digit_scenes import COLOURS, PLAIN_KINDS, POSITIONS, SINGLES, DigitScenes, Question, describe
 from .records import Prompts, Record
-
-DIGITS = "digits"
-DIGITS_CLASSES = "digits-classes"
-DIGITS_QUESTIONS = "digits-questions"
-SOURCES = (DIGITS, DIGITS_CLASSES, DIGITS_QUESTIONS)
+from .sources import DIGITS_CLASSES, DIGITS_QUESTIONS
 
 _DEFAULT_SCENES = 1000
 

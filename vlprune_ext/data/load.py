@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import zoo
-from .digits import DIGITS, DIGITS_CLASSES, DIGITS_QUESTIONS, SOURCES, read_digits
+from .digits import read_digits
 from .jsonl import read_jsonl
 from .prepare import Preparer
+from .sources import DIGITS, DIGITS_CLASSES, DIGITS_QUESTIONS, SOURCES
 from .tensors import Data
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,11 @@ class Data:
                 )
         if self.labels is not None and self.labels.shape != (self.n_images,):
             raise ValueError(f"labels is {list(self.labels.shape)}, expected [{self.n_images}], one class an image")
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the data came from, for records: name, split, hash, and how many images."""
+        return {"name": self.name, "split": self.split, "hash": self.hash, "images": self.n_images}
 
     def __len__(self) -> int:
         return len(self.image_of_text)

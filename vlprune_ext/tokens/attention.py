@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
 from ..anatomy import Site
-from ..patch import Patches
+from ..anatomy.patch import Patches
 
 # (attend, query [B, H, Tq, d], key [B, Hkv, Tk, d], value, mask, causal) -> what `attend` returns. Causal: queries look
 # back only, and no mask says so.

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..anatomy import Anatomy
-from ..patch import Patches
+from ..anatomy.patch import Patches
 from . import attention
 from .checks import check_runs_once, check_stages
 from .features import FeatureTap
 from .method import DropTokens, SummariseTokens, View, choose, share
-from .record import Pruning
+from .pruning import Pruning
 
 
 class CrossStream:

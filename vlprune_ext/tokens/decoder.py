@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..anatomy import IGNORED, Anatomy
-from ..patch import Patches
+from ..anatomy.patch import Patches
 from . import attention, masks
 from .cache import PrunedLayer, check_cache, put_layer
 from .checks import check_runs_once, check_stages, check_start
 from .method import Asking, CacheView, DropTokens, EvictTokens, View, choose, share
-from .record import Pruning
+from .pruning import Pruning
 
 
 @dataclass(frozen=True)

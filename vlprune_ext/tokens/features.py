@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from ..patch import Patches
+from ..anatomy.patch import Patches
 from . import attention
 from .method import Features, SummariseTokens, share
 

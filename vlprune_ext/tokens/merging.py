@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from ..patch import Patches
+from ..anatomy.patch import Patches
 from . import attention
 from .checks import check_runs_once
 from .method import MergeTokens
-from .record import Pruning
+from .pruning import Pruning
 
 
 @dataclass

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import ops
 from ..anatomy import Anatomy
-from ..patch import Patches
-from .record import Pruning
+from ..anatomy.patch import Patches
+from .pruning import Pruning
 
 POSITIONS = ("keep", "renumber")
 

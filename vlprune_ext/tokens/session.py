@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, describe
-from ..patch import Patches
+from ..anatomy.patch import Patches
 from .cross import CrossStream
 from .decoder import DecoderStream
 from .features import FeatureTap, before, check_projector
 from .merging import MergingTower
 from .method import POSITIONS, DropTokens, EvictTokens, MergeTokens, PruneTowers, SummariseTokens, TokenMethod, View
-from .record import Pruning
+from .planned import PlannedTokens
+from .pruning import Pruning
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _lock = threading.Lock()
@@ -56,8 +57,6 @@ def prune_tokens(model: nn.Module, method: TokenMethod | None = None) -> Iterato
         without an image, without input_ids, a cache that is not dynamic, gradient checkpointing.
     """
     if method is None:
-        from ..comp.removal import PlannedTokens  # which is built on this package
-
         method = PlannedTokens.of(model)
     if not isinstance(method, TokenMethod):
         what = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"

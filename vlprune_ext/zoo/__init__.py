@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlprune_ext.zoo.digit_scenes import DigitScenes, Object, Scene
+from .digit_scenes import DigitScenes, Object, Scene
 
 __all__ = ["DigitScenes", "Object", "Scene", "names", "path"]
 

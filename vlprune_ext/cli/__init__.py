@@ -1,0 +1,1 @@
+"""The command ``vlprune``: arguments, terminal, one module for each command."""

@@ -1,0 +1,1 @@
+"""Methods that prune parameters and tokens together."""

@@ -1,0 +1,1 @@
+"""Methods that prune visual tokens while a model runs."""

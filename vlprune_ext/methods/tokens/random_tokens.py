@@ -1,0 +1,46 @@
+"""Random visual tokens stay: what every method of token pruning is to be compared with."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...tokens import DropTokens
+from ...tokens.method import View
+from .checks import expect_share, expect_whole
+
+
+@dataclass(frozen=True)
+class RandomTokens(DropTokens):
+    """Keep visual tokens drawn at random, by seed and text: the same for a sample in every batch.
+
+    keep     share of the visual tokens that stay, in (0, 1]
+    layer    the first block that sees fewer tokens; 0: before the language model
+    seed     of the draw
+    """
+
+    keep: float = 0.5
+    layer: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        expect_share("keep", self.keep)
+        expect_whole("layer", self.layer)
+        expect_whole("seed", self.seed)
+
+    def stages(self, blocks: int) -> dict[int, float]:
+        return {self.layer: self.keep}
+
+    def score(self, view: View) -> Tensor:
+        assert view.ids is not None
+        counts = view.visual.sum(1).tolist()
+        rows = [self._draw(ids[ids != 0].long(), count) for ids, count in zip(view.ids.cpu(), counts, strict=True)]
+        score = torch.zeros(view.visual.shape, device=view.visual.device)
+        return score.masked_scatter(view.visual, torch.cat(rows).to(score))
+
+    def _draw(self, ids: Tensor, count: int) -> Tensor:
+        key = zlib.crc32(ids.numpy().tobytes(), self.seed)
+        return torch.rand(count, generator=torch.Generator().manual_seed(key))

@@ -1,0 +1,34 @@
+"""What a model is judged by. Every value is per sample and higher is better; a unit's score is how much it drops.
+
+An objective says which rows of the data a tower is fed, what is read off the model for each row (`outputs`), and what
+that is worth (`values`). Replay runs `outputs` under many interventions at once and hands all of them to `values`.
+Importing this module does not import torch; `named` has the registry.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import Inputs, Objective, Part
+    from .language import ExactMatch, Generated, LMLoss
+    from .named import OBJECTIVES, objective_named, usual_objective
+    from .retrieval import Contrastive, Retrieval, ZeroShot
+
+_HOMES = {
+    **dict.fromkeys(("Inputs", "Objective", "Part"), "base"),
+    **dict.fromkeys(("ExactMatch", "Generated", "LMLoss"), "language"),
+    **dict.fromkeys(("OBJECTIVES", "objective_named", "usual_objective"), "named"),
+    **dict.fromkeys(("Contrastive", "Retrieval", "ZeroShot"), "retrieval"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,1 @@
+"""What was done and measured, in words, tables, charts and HTML pages."""

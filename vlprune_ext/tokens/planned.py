@@ -1,0 +1,251 @@
+"""A plan's tokens, carried out: what a trained threshold or share says leaves, so that later blocks compute less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..anatomy import Anatomy, Tower, describe
+from ..anatomy.patch import Patches
+from .decoder import DecoderStream, spread_over
+from .flow import Threshold, TokenFlow, Tokens, importance_in
+from .method import Asking, DropTokens, PruneTowers, View
+from .pruning import Pruning
+
+
+@dataclass(frozen=True)
+class PlannedTokens(PruneTowers):
+    """What `Plan.tokens` says: tower -> {"threshold": importance} or {"keep": [share left behind each block]}.
+
+    votes  (tower, layer) -> [H] fp32, what heads have to say that are there but zeroed
+    """
+
+    towers: Mapping[str, Mapping[str, Any]]
+    votes: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PlannedTokens:
+        """What the plans say that were applied to a model; the last word on each tower counts."""
+        towers: dict[str, Mapping[str, Any]] = {}
+        plans = (getattr(model, "vlprune", None) or {}).get("plans", [])
+        for record in plans:
+            towers |= record["plan"].get("tokens", {})
+            for tower, gone in record["plan"]["layers"].items() if record["mode"] == "remove" else ():
+                if "keep" in towers.get(tower, {}):
+                    shares = enumerate(towers[tower]["keep"])
+                    towers[tower] = {"keep": [share for layer, share in shares if layer not in gone]}
+        votes: dict[tuple[str, int], Tensor] = {}
+        if any(entry["kind"] in ("head", "layer") for record in plans for entry in record["zeroed"]):
+            votes = _votes(describe(model), towers)
+        return cls(towers, votes)
+
+    def install(self, patches: Patches, anatomy: Anatomy, pruning: Pruning) -> None:
+        if not self.towers:
+            return
+        thresholds = {name: _threshold(schedule) for name, schedule in self.towers.items()}
+        visual = anatomy.family.visual
+        decoder = visual.tower if visual is not None and not visual.reader else None
+        removal = TokenRemoval(
+            anatomy,
+            {name: limit for name, limit in thresholds.items() if name != decoder},
+            head_masks=lambda tower, layer: self.votes.get((tower, layer)),
+            pruning=pruning,
+        )
+        unknown = [name for name in thresholds if name not in removal.towers and name != decoder]
+        if unknown:
+            raise ValueError(f"plan: tokens of {', '.join(unknown)}; {type(anatomy.model).__name__} cannot prune them")
+        removal.install(patches)
+        if decoder is not None:
+            removal.pruning = None
+            limit = thresholds.get(decoder, Threshold())
+            DecoderStream(anatomy, ByImportance(limit, removal, self.votes), pruning).install(patches)
+
+
+def _votes(anatomy: Anatomy, towers: Iterable[str]) -> dict[tuple[str, int], Tensor]:
+    """(tower, layer) -> [H]: 0 for heads that have nothing to say, told from what reads them."""
+    votes = {}
+    for name in towers:
+        for layer, block in enumerate(anatomy.tower(name).blocks):
+            site = block.sites["head"]
+            votes[name, layer] = site.out.weight.detach().unflatten(1, (-1, site.width)).ne(0).any(0).any(1).float()
+    return votes
+
+
+def _threshold(schedule: Mapping[str, Any]) -> Threshold:
+    if "keep" in schedule:
+        return Threshold(keep=tuple(schedule["keep"]))
+    return Threshold(going=schedule["threshold"], gone=schedule["threshold"])
+
+
+@dataclass
+class TokenRemoval(TokenFlow):
+    """`TokenFlow` that takes out what left, in towers that are not a decoder with visual tokens.
+
+    Samples that keep fewer tokens than others of their batch are filled up with tokens that no key counts. Behind the
+    last block a tower's tokens take their places again, zero where they left; who reads them all gets those that are
+    left.
+    """
+
+    pruning: Pruning | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        visual = self.anatomy.family.visual
+        if visual is not None and not visual.reader:
+            self.towers = tuple(name for name in self.towers if name != visual.tower)
+        self._read: dict[str, Tensor | None] = {}  # tower -> the mask of what its cross-attention reads
+
+    def install(self, patches: Patches) -> None:
+        for name, tower in self.anatomy.towers.items():
+            if name in self.towers and self.active(name):
+                for block in tower.blocks[tower.depth :]:  # nothing reads them
+                    patches.forward(block.module, _pass_by)
+        super().install(patches)
+        for name in self._memory_of:
+            owner = self.anatomy.model.get_submodule(self.anatomy.tower(name).owner)
+            patches.pre_hook(owner, self._compact_memory(name), with_kwargs=True)
+
+    def patches_left(self) -> Tensor | None:
+        """[N, P] fp32: which patches of each image left the vision tower as 1; None: all did."""
+        tokens = self.state.get("vision")
+        if tokens is None or tokens.index is None:
+            return None
+        found = torch.zeros(tokens.index.shape[0], tokens.length, device=tokens.index.device)
+        found.scatter_add_(1, tokens.index, tokens.valid.float())
+        return found[:, self.anatomy.tower("vision").cls :].clamp(max=1)
+
+    # --- what others read --------------------------------------------------------------------------------------------
+
+    def _memory_mask(self, reader: str) -> Callable[[], Tensor | None]:
+        return lambda: self._read.get(reader)
+
+    def _compact_memory(self, tower: str):
+        def enter(owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            states, tokens = kwargs.get("encoder_hidden_states"), self.state.get(self._memory_of[tower])
+            self._read[tower] = None
+            if states is None or tokens is None or tokens.index is None:
+                return None
+            copies = states.shape[0] // tokens.index.shape[0]  # beams, or several answers
+            index = tokens.index.repeat_interleave(copies, 0)
+            self._read[tower] = None if tokens.mask is None else tokens.mask.repeat_interleave(copies, 0)
+            states = ops.compact_tokens(index, [states])[0]
+            return args, {**kwargs, "encoder_hidden_states": states, "encoder_attention_mask": None}
+
+        return enter
+
+    # --- a block -----------------------------------------------------------------------------------------------------
+
+    def _enter(self, tower: Tower, layer: int):
+        count = super()._enter(tower, layer)
+
+        def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if tower.name not in self.towers:
+                return None
+            count(block, args, kwargs)
+            if layer == 0 and self.pruning is not None and self.active(tower.name):
+                self.pruning.tower, self.pruning.blocks = tower.name, tower.depth
+                self.pruning.begin(self.state[tower.name].free)
+            if self.state[tower.name].index is None:
+                return None
+            # What is padding, or has left, is told by the weights of keys.
+            args = tuple(None if isinstance(a, Tensor) and a.dim() == 4 else a for a in args)
+            return args, {**kwargs, "attention_mask": None} if "attention_mask" in kwargs else kwargs
+
+        return enter
+
+    def _leave(self, tower: Tower, layer: int):
+        leave = super()._leave(tower, layer)
+
+        def take_out(block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            before = self.state[tower.name].mask
+            leave(block, args, output)
+            tokens = self.state[tower.name]
+            if tokens.mask is not before:
+                tokens, picked = _taken_out(tokens)
+                self._set(tower.name, tokens)
+                pruning = self.pruning
+                if pruning is not None and pruning.tower == tower.name and tokens.index is not None:
+                    pruning.note(layer + 1, tokens.index, tokens.valid)
+                output = output if picked is None else ops.compact_tokens(picked, [output])[0]
+            if tokens.index is not None and layer == tower.depth - 1:
+                return _whole(tokens, output)
+            return output if tokens.index is not None else None
+
+        return take_out
+
+
+def _taken_out(tokens: Tokens) -> tuple[Tokens, Tensor | None]:
+    """The tokens that are alive, and which of all these are, [B, K]; fillers where a sample has fewer.
+
+    None in place of these where a sample has kept all: nothing would be smaller.
+    """
+    alive = tokens.alive
+    counts = alive.sum(1).tolist()
+    least, most, length = min(counts), max(counts), alive.shape[1]
+    if least == length:
+        return replace(tokens, whole=True, mask=None), None
+    valid, free, asks, places, picked = alive, tokens.free, tokens.asks, tokens.index, None
+    if places is None:
+        places = torch.arange(tokens.length, device=alive.device).expand(alive.shape[0], -1).contiguous()
+    if most < length:
+        picked = ops.select_tokens(alive.float(), most)
+        valid, free, asks, places = ops.compact_tokens(picked, [valid, free, asks, places])
+    mask = None if least == most else valid.float()
+    return replace(tokens, valid=valid, free=free, asks=asks, whole=mask is None, mask=mask, index=places), picked
+
+
+def _whole(tokens: Tokens, output: Tensor) -> Tensor:
+    """A block's output [B, K, D] at the places of the whole sequence; zero where tokens have left."""
+    assert tokens.index is not None
+    place = tokens.index.masked_fill(~tokens.valid, tokens.length)  # fillers go behind all others
+    full = output.new_zeros(output.shape[0], tokens.length + 1, output.shape[2])
+    return full.scatter(1, place[..., None].expand_as(output), output)[:, : tokens.length]
+
+
+def _pass_by(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+    return hidden_states
+
+
+@dataclass(frozen=True)
+class ByImportance(DropTokens):
+    """Visual tokens leave a decoder by eq. (7), after those that left in the vision tower."""
+
+    limit: Threshold
+    removal: TokenRemoval
+    votes: Mapping[tuple[str, int], Tensor]
+
+    @property
+    def name(self) -> str:
+        return "PlannedTokens"
+
+    def stages(self, blocks: int) -> dict[int, float]:
+        first = {0: 1.0} if self.removal.active("vision") else {}
+        return first | (dict.fromkeys(range(1, blocks), 1.0) if self.limit.active else {}) or {0: 1.0}
+
+    def watches(self, layer: int) -> bool:
+        return layer > 0
+
+    def score(self, view: View) -> Tensor:
+        return self.stay(view).float()
+
+    def receive(self, asking: Asking) -> Tensor:
+        visual = self.removal.anatomy.family.visual
+        assert visual is not None
+        tower = self.removal.anatomy.tower(visual.tower)
+        votes = self.votes.get((tower.name, asking.layer))
+        if votes is not None:
+            votes = votes.to(asking.query.device).repeat_interleave(asking.query.shape[1] // len(votes))
+        tokens = Tokens(asking.valid, asking.visual, asking.prompt)
+        return importance_in(asking.query, asking.key, asking.scale, tokens, votes, tower.causal)
+
+    def stay(self, view: View) -> Tensor:
+        if view.layer == 0:
+            left = self.removal.patches_left()
+            return view.visual if left is None else spread_over(left, view.visual) > 0
+        assert view.received is not None
+        return self.limit.mask(view.received, view.visual, view.visual, view.layer - 1, view.count) > 0

@@ -1,0 +1,80 @@
+"""Which sites a plan changes, and whether they can be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import KINDS, Anatomy, Site, Tower
+from ..plan import Plan
+
+_SITE_KINDS = KINDS[:-1]
+LAYER_NUMBERS = ("layer_idx", "layer_num")  # by these a block finds its entry in a KV cache
+
+
+def changed_sites(anatomy: Anatomy, plan: Plan) -> Iterator[tuple[Tower, int, Site, list[int]]]:
+    """The sites that lose units, outside the layers that go as a whole."""
+    for name, tower in anatomy.towers.items():
+        gone = set(plan.layers.get(name, []))
+        for layer, block in enumerate(tower.blocks):
+            if layer in gone:
+                continue
+            for kind, site in block.sites.items():
+                units = sorted(plan.removed(name, kind, layer))
+                if units:
+                    yield tower, layer, site, units
+
+
+def check_changeable(anatomy: Anatomy, plan: Plan, mode: str) -> None:
+    """Raise ValueError unless everything that will be written can be."""
+    for tower, layer, site, _ in changed_sites(anatomy, plan):
+        _check_site(site, f"{site.kind} of {tower.name}.{layer}")
+    if mode == "remove":
+        check_layers(anatomy, plan)
+        return
+    for name, layers in plan.layers.items():
+        for layer in layers:
+            block = anatomy.towers[name].blocks[layer]
+            if block.norm is None:
+                raise ValueError(
+                    f"mode: 'mask' cannot remove layer {name}.{layer}: a {type(block.module).__name__} normalises "
+                    "after adding, so zero weights do not make it the identity; use mode='remove'"
+                )
+            for site in block.sites.values():
+                _check_site(site, f"layer {name}.{layer}")
+
+
+def check_layers(anatomy: Anatomy, plan: Plan) -> None:
+    """Raise ValueError unless every layer that goes can be taken out of its list."""
+    for name, layers in plan.layers.items():
+        for layer in layers:
+            reason = anatomy.towers[name].blocks[layer].fixed
+            if reason:
+                raise ValueError(
+                    f"plan: layer {name}.{layer} cannot be removed: {reason}; mode='mask' zeroes it instead"
+                )
+
+
+def _check_site(site: Site, where: str) -> None:
+    for linear in (site.out, *site.inputs):
+        weight: Any = getattr(linear, "weight", None)
+        if not isinstance(linear, nn.Linear) or weight.shape != (linear.out_features, linear.in_features):
+            raise ValueError(f"plan: {where}: its projection is a {type(linear).__name__}, expected a plain Linear")
+        if weight.is_meta:
+            raise ValueError(f"plan: {where}: its weights are not in memory (meta device)")
+
+
+def columns_of(site: Site, units: Sequence[int]) -> Tensor:
+    """Columns [len(units) * width] of the output projection that belong to these units."""
+    first = torch.tensor(units, dtype=torch.long)[:, None] * site.width
+    return (first + torch.arange(site.width)).flatten()
+
+
+def layer_numbers(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for module in block.modules():
+        for attribute in LAYER_NUMBERS:
+            if isinstance(module.__dict__.get(attribute), int):
+                yield module, attribute

@@ -1,0 +1,188 @@
+"""Take units and layers out of a model, or zero their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, Site, Tower, describe
+from ..plan import Plan
+from .sites import changed_sites, columns_of, layer_numbers
+
+
+def _entry(tower: Tower, kind: str, layer: int, units: Sequence[int] = ()) -> dict:
+    return {"tower": tower.name, "kind": kind, "layer": layer, "units": list(units)}
+
+
+@torch.no_grad()
+def _zero_units(site: Site, units: Sequence[int]) -> None:
+    weight = site.out.weight
+    weight[:, columns_of(site, units).to(weight.device)] = 0
+
+
+@torch.no_grad()
+def zero_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
+    """Zero what the plan removes; returns what that was."""
+    zeroed = []
+    for tower, layer, site, units in changed_sites(anatomy, plan):
+        _zero_units(site, units)
+        zeroed.append(_entry(tower, site.kind, layer, units))
+    for name, layers in plan.layers.items():
+        tower = anatomy.towers[name]
+        for layer in sorted(layers):
+            for site in tower.blocks[layer].sites.values():
+                site.out.weight.zero_()
+                if site.out.bias is not None:
+                    site.out.bias.zero_()
+            zeroed.append(_entry(tower, "layer", layer))
+    return zeroed
+
+
+def _blip_attention(self: Any, hidden_states: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    """BLIP's vision attention with a head_dim of its own; the original divides the stream's width by the heads."""
+    batch, length, _width = hidden_states.shape
+    q, k, v = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+    probabilities = self.dropout((q @ k.transpose(-1, -2) * self.scale).softmax(dim=-1))  # [B, H, T, T]
+    context = (probabilities @ v).transpose(1, 2).flatten(2)  # [B, T, H * head_dim]
+    return self.projection(context), probabilities
+
+
+# Attention classes whose own forward cannot run with fewer heads -> one that can.
+_FORWARDS = {"BlipAttention": _blip_attention}
+
+
+def _owner(site: Site) -> nn.Module | None:
+    return site.block.get_submodule(site.paths.owner) if site.paths.owner else None
+
+
+@torch.no_grad()
+def _narrow(linear: nn.Linear, index: Tensor, dim: int) -> None:
+    """Keep these rows (dim 0, with their biases) or columns (dim 1) of a projection."""
+    index = index.to(linear.weight.device)
+    linear.weight = nn.Parameter(linear.weight.index_select(dim, index), requires_grad=linear.weight.requires_grad)
+    if dim == 0:
+        linear.out_features = index.numel()
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(linear.bias.index_select(0, index), requires_grad=linear.bias.requires_grad)
+    else:
+        linear.in_features = index.numel()
+
+
+def _narrow_site(site: Site, kept: Sequence[int]) -> None:
+    """Leave a site only its units ``kept`` (ascending)."""
+    for linear in site.inputs:
+        segments = site.input_segments(linear)
+        rows = torch.arange(linear.out_features).view(segments, site.units, -1)
+        _narrow(linear, rows[:, list(kept)].flatten(), 0)
+    _narrow(site.out, columns_of(site, kept), 1)
+    owner = _owner(site)
+    if owner is None:
+        return
+    for name in (*site.paths.counts, *site.paths.widths):
+        setattr(owner, name, getattr(owner, name) // site.units * len(kept))
+    if not site.paths.removable:
+        owner.forward = partial(_FORWARDS[type(owner).__name__], owner)
+
+
+def removable(site: Site) -> bool:
+    """Whether units of a site can be physically removed; where not, they are zeroed."""
+    return site.paths.removable or type(_owner(site)).__name__ in _FORWARDS
+
+
+def remove_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
+    """Take units and layers away; returns what had to be zeroed instead."""
+    zeroed = []
+    for tower, layer, site, units in changed_sites(anatomy, plan):
+        kept = sorted(set(range(site.units)) - set(units))
+        if not removable(site):
+            _zero_units(site, units)
+            zeroed.append(_entry(tower, site.kind, layer, units))
+        elif kept:
+            _narrow_site(site, kept)
+        else:
+            _zero_units(site, units)
+            _narrow_site(site, [0])
+            zeroed.append(_entry(tower, site.kind, layer, [0]))
+    feature_layers = {name: _feature_layer(anatomy, tower, plan) for name, tower in anatomy.towers.items()}
+    lengths: dict[int, tuple[Any, int]] = {}  # towers may share a config; it then holds the longest one's length
+    for name, tower in anatomy.towers.items():
+        for layer in sorted(plan.layers.get(name, []), reverse=True):
+            del tower.container[layer]
+        for place, block in enumerate(tower.container):
+            for module, attribute in layer_numbers(block):
+                setattr(module, attribute, place)
+        for config in _configs(anatomy, tower):
+            longest = max(lengths.get(id(config), (config, 0))[1], len(tower.container))
+            lengths[id(config)] = (config, longest)
+        if plan.layers.get(name) and feature_layers[name] is not None:
+            setattr(anatomy.model.config, tower.paths.feature_layer, feature_layers[name])
+    for config, longest in lengths.values():
+        config.num_hidden_layers = longest
+    return zeroed
+
+
+def _configs(anatomy: Anatomy, tower: Tower) -> Iterator[Any]:
+    """The tower's config, and copies of it that modules around its blocks keep for themselves."""
+    yield tower.config
+    for name, module in anatomy.model.named_modules():
+        around = not name or f"{tower.prefix}.".startswith(f"{name}.")
+        config = module.__dict__.get("config")
+        if around and type(config) is type(tower.config):
+            yield config
+
+
+def _feature_layer(anatomy: Anatomy, tower: Tower, plan: Plan) -> int | list[int] | None:
+    """The index, among the streams between the blocks that stay, of the stream that the model reads.
+
+    Stream i enters block i and stream L leaves the last one; negative indices count from L + 1. Removing blocks moves
+    stream i to the number of blocks that stay in front of it.
+    """
+    if not tower.paths.feature_layer:
+        return None
+    gone = set(plan.layers.get(tower.name, []))
+    blocks = len(tower)
+
+    def moved(index: int) -> int:
+        stream = index if index >= 0 else blocks + 1 + index
+        place = sum(layer not in gone for layer in range(stream))
+        return place if index >= 0 else place - (blocks - len(gone) + 1)
+
+    value = getattr(anatomy.model.config, tower.paths.feature_layer, None)
+    if value is None:
+        return None
+    return moved(value) if isinstance(value, int) else [moved(index) for index in value]
+
+
+def shrink(model: nn.Module, structure: Mapping[str, Sequence[Mapping[str, int]]]) -> None:
+    """Give a model whose weights are still to be loaded the units and layers of ``structure``, as `Anatomy.shape`.
+
+    Raises ValueError if it has less than that.
+    """
+    anatomy = describe(model)
+    shape = anatomy.shape()
+    if shape.keys() != structure.keys():
+        raise ValueError(f"structure: towers {', '.join(structure)}, the model's are {', '.join(shape)}")
+    plan = Plan(shape)
+    for tower, blocks in structure.items():
+        have = shape[tower]
+        if not 1 <= len(blocks) <= len(have):
+            raise ValueError(f"structure: {len(blocks)} blocks of tower {tower!r}, the config gives {len(have)}")
+        for layer, units in enumerate(blocks):
+            if units.keys() != have[layer].keys():
+                raise ValueError(
+                    f"structure: block {tower}.{layer} has {', '.join(units)}, the model's has {', '.join(have[layer])}"
+                )
+            for kind, count in units.items():
+                if not 1 <= count <= have[layer][kind]:
+                    raise ValueError(
+                        f"structure: {count} {kind} in block {tower}.{layer}, expected 1 to {have[layer][kind]}"
+                    )
+                if count < have[layer][kind]:
+                    plan.add(tower, kind, layer, list(range(count, have[layer][kind])))
+        for layer in range(len(blocks), len(have)):
+            plan.add(tower, "layer", layer, [])
+    remove_units(anatomy, plan)

@@ -1,0 +1,1 @@
+"""A method put to work on a model: prune, compare, measure, recover."""

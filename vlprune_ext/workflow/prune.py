@@ -1,0 +1,222 @@
+"""`prune`, `compare`, `recover`: a method put to work on a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from ..apply_plan import apply
+from ..checkpoint.save import save_pruned
+from ..data import Data
+from ..methods.joint.comp import CoMP
+from ..methods.units.structured import Structured
+from ..methods.weights.ecoflap import ECoFLaP
+from ..objectives import Objective
+from ..plan import Plan, Scores
+from ..progress import Progress
+from .measure import evaluate, measure
+
+Method = Structured | ECoFLaP | CoMP  # what makes a plan
+
+
+@dataclass
+class Result:
+    """What `prune` did.
+
+    model          the model, pruned in place
+    plan           what went; `applied` in the record of `save_pruned` is after rounding
+    scores         the method's scores before anything went
+    before, after  what `evaluate` and `measure` say
+    method, data   the method's fields; name, split and hash of the calibration data
+    """
+
+    model: nn.Module
+    plan: Plan
+    scores: Scores | None
+    before: dict[str, float]
+    after: dict[str, float]
+    method: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+
+    def save(
+        self,
+        folder: str | os.PathLike,
+        *,
+        processor: Any = None,
+        comparisons: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Save the model by `save_pruned`, with all that is known here and what it was compared with."""
+        save_pruned(
+            self.model,  # type: ignore[arg-type]
+            folder,
+            processor=processor,
+            method=self.method,
+            data=self.data,
+            before=self.before,
+            after=self.after,
+            scores=self.scores,
+            comparisons=comparisons,
+        )
+
+
+@dataclass
+class Training:
+    """What a model is trained on, and how, while a method prunes it or after.
+
+    data           what it is trained on
+    validation     what a method that prunes while training decides by, unless it has data of its own
+    steps, batch_size, learning_rate, seed   of the training
+    out            a folder for checkpoints, from which a run that was cut resumes
+    """
+
+    data: Data
+    validation: Data | None = None
+    steps: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    seed: int = 0
+    out: str | os.PathLike | None = None
+
+
+def prune_weights(
+    model: nn.Module,
+    data: Data,
+    sparsity: float = 0.5,
+    *,
+    criterion: str = "wanda",
+    pattern: str = "unstructured",
+    progress: Progress | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Zero the same share of every prunable matrix, in place; an `ECoFLaP` with a uniform coarse stage.
+
+    criterion  "wanda", "magnitude", "ria" or "sparsegpt"
+    pattern    "unstructured" or "n:m", n zeros in every m
+    fields     of `ECoFLaP`: scope, towers, objective, batch_size, ...
+    """
+    method = ECoFLaP(sparsity=sparsity, estimator="uniform", criterion=criterion, pattern=pattern, **fields)
+    return apply(model, method.plan(model, data, progress=progress), data)
+
+
+def prune(
+    model: nn.Module,
+    data: Data,
+    method: Method | Plan,
+    *,
+    evaluation: Data | None = None,
+    metric: str | Objective | None = None,
+    scores: Scores | None = None,
+    before: dict[str, float] | None = None,
+    mode: str = "remove",
+    round_to: int = 8,
+    progress: Progress | None = None,
+) -> Result:
+    """Plan, apply and measure: the model is pruned in place.
+
+    data        calibration data: what the method may look at
+    method      what decides; or a plan, which has decided already
+    evaluation  data for the numbers before and after; None measures size and speed only
+    metric      objective whose numbers those are; None: what suits the model
+    scores      of `ECoFLaP.score`, to measure once for several sparsities; only for a method that has it
+    before      the numbers before, where another `Result` of the same model and data has them; None measures
+    mode        "remove": heads, neurons and layers are physically gone; "mask": their weights are zeroed
+    round_to    MLP widths stay multiples of this
+    """
+    if scores is not None and not isinstance(method, ECoFLaP):
+        raise ValueError(f"scores: given, but {type(method).__name__} measures its own")
+    before = _numbers(model, data, evaluation, metric) if before is None else before
+    if isinstance(method, Plan):
+        plan = method
+    elif isinstance(method, ECoFLaP):
+        plan = method.plan(model, data, scores=scores, progress=progress)
+    else:
+        plan = method.plan(model, data, progress=progress)
+    apply(model, plan, data, mode=mode, round_to=round_to)
+    return Result(
+        model=model,
+        plan=plan,
+        scores=None if isinstance(method, Plan | CoMP) else method.scores,
+        before=before,
+        after=_numbers(model, data, evaluation, metric),
+        method=plan.method,
+        data=data.origin,
+    )
+
+
+def prune_in_training(
+    model: nn.Module,
+    training: Training,
+    method: CoMP,
+    *,
+    evaluation: Data | None = None,
+    metric: str | Objective | None = None,
+    before: dict[str, float] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Train while ``method`` prunes, and measure: the model is pruned in place.
+
+    training                    what it is trained on, and what decides where the method has no validation data
+    evaluation, metric, before  as `prune` takes them
+    """
+    from ..training.trainer import train  # transformers' Trainer is slow to import
+
+    method.validation = method.validation or training.validation
+    if method.validation is None:
+        raise ValueError("validation: None, expected data to measure accuracy on: CoMP(validation=load_data(...))")
+    before = _numbers(model, method.validation, evaluation, metric) if before is None else before
+    train(
+        model,
+        method,
+        training.data,
+        steps=training.steps,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        out=training.out,
+        seed=training.seed,
+        progress=progress,
+    )
+    record: Any = model.vlprune
+    plan = Plan.from_dict(record["plans"][-1]["plan"])
+    how = {"train_steps": training.steps, "train_batch": training.batch_size, "learning_rate": training.learning_rate}
+    return Result(
+        model=model,
+        plan=plan,
+        scores=None,
+        before=before,
+        after=_numbers(model, method.validation, evaluation, metric),
+        method={**plan.method, **how},
+        data=method.validation.origin,
+    )
+
+
+def recover(
+    result: Result,
+    teacher: nn.Module,
+    train: Data,
+    data: Data,
+    *,
+    steps: int,
+    evaluation: Data | None = None,
+    metric: str | Objective | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Train the pruned model against the one it was pruned from, in place, and measure again.
+
+    train                     what it is trained on
+    data, evaluation, metric  those of `prune`
+    """
+    from ..training.distillation import distill  # transformers' Trainer is slow to import
+
+    distill(result.model, teacher, train, steps=steps, seed=seed, progress=progress)
+    after = _numbers(result.model, data, evaluation, metric)
+    return replace(result, after=after, method={**result.method, "distill_steps": steps})
+
+
+def _numbers(model: nn.Module, data: Data, evaluation: Data | None, metric: str | Objective | None) -> dict[str, float]:
+    quality = evaluate(model, evaluation, metric) if evaluation is not None else {}
+    return {**quality, **measure(model, evaluation or data)}
