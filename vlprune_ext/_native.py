@@ -1,7 +1,8 @@
 """Loads the compiled module and is the only place that sees an address.
 
-One function per launcher: it turns checked tensors into pointers, a dtype code, and, for CUDA, a device guard and the
-current stream; for the CPU, torch's thread count. Everything about the arguments was checked by ``vlprune_ext.ops``.
+One function per launcher: it describes checked tensors to csrc/launchers.h and leaves out a launch with nothing to do.
+``_launch`` adds, for CUDA, a device guard and the current stream; for the CPU, torch's thread count. Everything about
+the arguments was checked by ``vlprune_ext.ops``.
 """
 
 from __future__ import annotations
@@ -74,25 +75,20 @@ def _launch(name: str, device: torch.device, *args: Any) -> None:
         getattr(_C.cuda, name)(*args, torch.cuda.current_stream(device).cuda_stream)
 
 
+_Tensor = tuple[int, Sequence[int], Sequence[int], int] | None
+
+
+def _tensor(tensor: Tensor | None) -> _Tensor:
+    """Describe a tensor as csrc/tensor.h takes it: address, sizes, strides, dtype (-1 where it is none of DTYPES)."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), DTYPES.get(tensor.dtype, -1)
+
+
 def leave_one_out(x: Tensor, weight: Tensor, base: Tensor, out: Tensor, groups: list[int], group_size: int) -> None:
     if out.numel() == 0:
         return
-    _launch(
-        "leave_one_out",
-        x.device,
-        x.data_ptr(),
-        weight.data_ptr(),
-        base.data_ptr(),
-        out.data_ptr(),
-        groups,
-        base.shape[0],
-        base.shape[1],
-        group_size,
-        x.stride(0),
-        weight.stride(0),
-        base.stride(0),
-        DTYPES[x.dtype],
-    )
+    _launch("leave_one_out", x.device, _tensor(x), _tensor(weight), _tensor(base), _tensor(out), groups, group_size)
 
 
 def retrieval_rank(
@@ -107,44 +103,24 @@ def retrieval_rank(
 ) -> None:
     if rank.numel() == 0:
         return
-    v, n, d = query.shape
     _launch(
         "retrieval_rank",
         query.device,
-        query.data_ptr(),
-        gallery.data_ptr(),
-        positives.data_ptr(),
-        best.data_ptr(),
-        rank.data_ptr(),
-        split.data_ptr(),
-        norm.data_ptr(),
-        listed.data_ptr(),
-        listed.numel() - 1,
-        v,
-        n,
-        gallery.shape[1],
-        d,
-        positives.shape[1],
-        gallery.shape[0] == 1,
-        DTYPES[query.dtype],
+        _tensor(query),
+        _tensor(gallery),
+        _tensor(positives),
+        _tensor(best),
+        _tensor(rank),
+        _tensor(split),
+        _tensor(norm),
+        _tensor(listed),
     )
 
 
 def column_norm_sq(acc: Tensor, x: Tensor, token_weight: Tensor | None, partial: Tensor) -> None:
     if x.numel() == 0:
         return
-    _launch(
-        "column_norm_sq",
-        x.device,
-        acc.data_ptr(),
-        x.data_ptr(),
-        _address(token_weight),
-        partial.data_ptr(),
-        x.shape[0],
-        x.shape[1],
-        x.stride(0),
-        DTYPES[x.dtype],
-    )
+    _launch("column_norm_sq", x.device, _tensor(acc), _tensor(x), _tensor(token_weight), _tensor(partial))
 
 
 def prune_smallest(
@@ -152,19 +128,19 @@ def prune_smallest(
 ) -> None:
     if weight.numel() == 0:
         return
-    _launch("prune_smallest", weight.device, _keys(weight, scale), _address(mask), k, _address(k_of_row))
+    _launch("prune_smallest", weight.device, _tensor(weight), _tensor(scale), _tensor(mask), _tensor(k_of_row), k)
 
 
 def prune_nm(weight: Tensor, scale: Tensor | None, mask: Tensor | None, n: int, m: int) -> None:
     if weight.numel() == 0:
         return
-    _launch("prune_nm", weight.device, _keys(weight, scale), _address(mask), n, m)
+    _launch("prune_nm", weight.device, _tensor(weight), _tensor(scale), _tensor(mask), n, m)
 
 
 def key_histogram(weight: Tensor, scale: Tensor | None, counts: Tensor, prefix: Tensor | None, level: int) -> None:
     if weight.numel() == 0:
         return
-    _launch("key_histogram", weight.device, _keys(weight, scale), counts.data_ptr(), _address(prefix), level)
+    _launch("key_histogram", weight.device, _tensor(weight), _tensor(scale), _tensor(counts), _tensor(prefix), level)
 
 
 def count_keys(weight: Tensor, scale: Tensor | None, threshold: Tensor, below: Tensor, equal: Tensor) -> None:
@@ -173,28 +149,18 @@ def count_keys(weight: Tensor, scale: Tensor | None, threshold: Tensor, below: T
     _launch(
         "count_keys",
         weight.device,
-        _keys(weight, scale),
-        threshold.data_ptr(),
-        below.data_ptr(),
-        equal.data_ptr(),
+        _tensor(weight),
+        _tensor(scale),
+        _tensor(threshold),
+        _tensor(below),
+        _tensor(equal),
     )
 
 
 def perturb(weight: Tensor, plus: Tensor, minus: Tensor, seed: int, tensor_id: int, eps: float) -> None:
     if weight.numel() == 0:
         return
-    _launch(
-        "perturb",
-        weight.device,
-        weight.data_ptr(),
-        plus.data_ptr(),
-        minus.data_ptr(),
-        weight.numel(),
-        seed,
-        tensor_id,
-        eps,
-        DTYPES[weight.dtype],
-    )
+    _launch("perturb", weight.device, _tensor(weight), _tensor(plus), _tensor(minus), seed, tensor_id, eps)
 
 
 def attention_importance(
@@ -212,51 +178,27 @@ def attention_importance(
 ) -> None:
     if out.numel() == 0:
         return
-    b, h, tq, d = q.shape
     _launch(
         "attention_importance",
         q.device,
-        q.data_ptr(),
-        k.data_ptr(),
-        lse.data_ptr(),
-        _address(head_weight),
-        _address(query_weight),
-        _address(key_mask),
-        partial.data_ptr(),
-        out.data_ptr(),
-        b,
-        h,
-        k.shape[1],
-        tq,
-        k.shape[2],
-        d,
-        partial.shape[0],
-        q.stride()[:3],
-        k.stride()[:3],
-        h if head_weight is not None and head_weight.shape[0] > 1 else 0,
+        _tensor(q),
+        _tensor(k),
+        _tensor(lse),
+        _tensor(head_weight),
+        _tensor(query_weight),
+        _tensor(key_mask),
+        _tensor(partial),
+        _tensor(out),
         scale,
         of_max,
         causal,
-        DTYPES[q.dtype],
     )
 
 
 def select_tokens(score: Tensor, protected: Tensor | None, index: Tensor) -> None:
     if index.numel() == 0:
         return
-    _launch(
-        "select_tokens",
-        score.device,
-        score.data_ptr(),
-        _address(protected),
-        index.data_ptr(),
-        score.shape[0],
-        score.shape[1],
-        index.shape[1],
-        score.stride(0),
-        0 if protected is None else protected.stride(0),
-        DTYPES[score.dtype],
-    )
+    _launch("select_tokens", score.device, _tensor(score), _tensor(protected), _tensor(index))
 
 
 def diverse_tokens(
@@ -274,36 +216,22 @@ def diverse_tokens(
     _launch(
         "diverse_tokens",
         x.device,
-        x.data_ptr(),
-        _address(candidate),
-        _address(keep_of_sample),
-        kept.data_ptr(),
-        gram.data_ptr(),
-        scale.data_ptr(),
-        closest.data_ptr(),
-        *x.shape,
+        _tensor(x),
+        _tensor(candidate),
+        _tensor(keep_of_sample),
+        _tensor(kept),
+        _tensor(gram),
+        _tensor(scale),
+        _tensor(closest),
         keep,
-        x.stride(0),
-        x.stride(1),
-        DTYPES[x.dtype],
     )
 
 
-def compact_tokens(
-    index: Tensor, tensors: Sequence[Tensor], out: Sequence[Tensor], dims: Sequence[int], tokens: int
-) -> None:
+def compact_tokens(index: Tensor, tensors: Sequence[Tensor], out: Sequence[Tensor], dims: Sequence[int]) -> None:
     kept = [_token_tensor(*each) for each in zip(tensors, out, dims, strict=True) if each[1].numel()]
     if not kept:
         return
-    _launch(
-        "compact_tokens",
-        index.device,
-        index.data_ptr(),
-        [each[0] for each in kept],
-        index.shape[0],
-        index.shape[1],
-        tokens,
-    )
+    _launch("compact_tokens", index.device, _tensor(index), [each[0] for each in kept])
 
 
 def match_tokens(
@@ -319,27 +247,18 @@ def match_tokens(
 ) -> None:
     if match.numel() == 0:
         return
-    b, t, d = key.shape
     _launch(
         "match_tokens",
         key.device,
-        key.data_ptr(),
-        target.data_ptr(),
-        _address(source),
-        similarity.data_ptr(),
-        match.data_ptr(),
-        lists.data_ptr(),
-        counts.data_ptr(),
-        inverse.data_ptr(),
-        gathered.data_ptr(),
-        b,
-        t,
-        d,
-        gathered.shape[1],
-        gathered.shape[2],
-        key.stride(0),
-        key.stride(1),
-        DTYPES[key.dtype],
+        _tensor(key),
+        _tensor(target),
+        _tensor(source),
+        _tensor(similarity),
+        _tensor(match),
+        _tensor(lists),
+        _tensor(counts),
+        _tensor(inverse),
+        _tensor(gathered),
     )
 
 
@@ -360,28 +279,22 @@ def merge_tokens(
     _launch(
         "merge_tokens",
         index.device,
-        index.data_ptr(),
-        match.data_ptr(),
-        _address(size),
-        total.data_ptr(),
-        lists.data_ptr(),
-        ends.data_ptr(),
+        _tensor(index),
+        _tensor(match),
+        _tensor(size),
+        _tensor(total),
+        _tensor(lists),
+        _tensor(ends),
         [each[0] for each in kept],
-        [DTYPES[each[1].dtype] for each in kept],
-        index.shape[0],
-        index.shape[1],
-        match.shape[1],
     )
 
 
-_TokenTuple = tuple[int, int, int, int, int, int, int, int, int]
+def _token_tensor(tensor: Tensor, out: Tensor, dim: int) -> tuple[tuple[_Tensor, _Tensor], Tensor]:
+    """Describe what is read and written of one tensor, and return what has to live as long: the tensor or a copy.
 
-
-def _token_tensor(tensor: Tensor, out: Tensor, dim: int) -> tuple[_TokenTuple, Tensor]:
-    """A tensor as compact_tokens takes it (csrc/ops.h), and what has to live as long: the tensor or a copy.
-
-    Copied is what has two dimensions or more before the token's, or after it and before what is contiguous, that
-    cannot be walked with one stride.
+    What is read is described as bytes, [B or 1, outer, T, inner, run] with T the dimension ``dim``. Copied is what has
+    two dimensions or more before the token's, or after it and before what is contiguous, that cannot be walked with one
+    stride.
     """
     sizes, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
     run = 1
@@ -393,18 +306,13 @@ def _token_tensor(tensor: Tensor, out: Tensor, dim: int) -> tuple[_TokenTuple, T
     inner = _merged(sizes[dim + 1 : last + 1], strides[dim + 1 : last + 1])
     if outer is None or inner is None:
         return _token_tensor(tensor.contiguous(), out, dim)
-    described = (
+    read = (
         tensor.data_ptr(),
-        out.data_ptr(),
-        outer[0],
-        inner[0],
-        run * size,
-        strides[0] * size if sizes[0] > 1 else 0,
-        outer[1] * size,
-        strides[dim] * size,
-        inner[1] * size,
+        (sizes[0], outer[0], sizes[dim], inner[0], run * size),
+        (strides[0] * size, outer[1] * size, strides[dim] * size, inner[1] * size, 1),
+        DTYPES.get(tensor.dtype, -1),
     )
-    return described, tensor
+    return (read, _tensor(out)), tensor
 
 
 def _merged(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
@@ -422,18 +330,3 @@ def _merged(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | N
         stride = stride if size > 1 else next_stride
         size *= next_size
     return size, stride
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _keys(weight: Tensor, scale: Tensor | None) -> tuple[int, int, int, int, int, int]:
-    return (
-        weight.data_ptr(),
-        _address(scale),
-        weight.shape[0],
-        weight.shape[1],
-        weight.stride(0),
-        DTYPES[weight.dtype],
-    )

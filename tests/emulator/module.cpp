@@ -1,5 +1,6 @@
 // The Python module _emulated: every launcher of vlprune::cuda, run by the emulator.
 #include <cstdint>
+#include <string>
 
 #include "emulator.h"
 #include "faults.h"
@@ -10,6 +11,6 @@ PYBIND11_MODULE(_emulated, m) {
   m.def("allow", &emulator::allow);
   m.def("forbid_all", &emulator::forbid_all);
   m.def("faults", [](const std::string& name, std::uintptr_t out, bool faulty) {
-    faults::launch(name, pointer<int32_t>(out), faulty);
+    faults::launch(name, reinterpret_cast<int32_t*>(out), faulty);
   });
 }

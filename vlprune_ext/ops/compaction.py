@@ -119,9 +119,8 @@ def _compact_tokens(index: Tensor, tensors: Sequence[Tensor], dims: Sequence[int
     places = _token_dims(tensors, dims)
     out = _compacted(index, tensors, places)
     if out:
-        tokens = tensors[0].shape[places[0]]
-        _check_index(index, tokens)
-        _native.compact_tokens(index.contiguous(), tensors, out, places, tokens)
+        _check_index(index, tensors[0].shape[places[0]])
+        _native.compact_tokens(index.contiguous(), tensors, out, places)
     return out
 
 
