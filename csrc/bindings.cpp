@@ -10,7 +10,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of vlprune_ext; called through vlprune_ext.ops.";
 
   py::module_ cpu = m.def_submodule("cpu", "Launchers for CPU tensors; the last argument is the number of threads.");
-  VLPRUNE_BIND(cpu, cpu);
+  VLPRUNE_FOR_EACH_OP(VLPRUNE_BIND, cpu);
   cpu.def("isa", [] { return std::string(vlprune::cpu::isa_name(vlprune::cpu::isa())); });
   cpu.def("available_isas", [] {
     using vlprune::cpu::Isa;
@@ -29,7 +29,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
 #if VLPRUNE_CUDA_BUILT
   py::module_ cuda = m.def_submodule("cuda", "Launchers for CUDA tensors; the last argument is the stream's address.");
-  VLPRUNE_BIND(cuda, cuda);
+  VLPRUNE_FOR_EACH_OP(VLPRUNE_BIND, cuda);
   m.attr("cuda_built") = true;
   m.attr("cuda_version") = VLPRUNE_CUDA_VERSION;
   m.attr("cuda_archs") = VLPRUNE_CUDA_ARCHS;

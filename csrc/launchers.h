@@ -299,19 +299,5 @@ void merge_tokens(const Tensor& index, const Tensor& match, const Tensor& size, 
 
 }  // namespace
 
-// Every launcher of a namespace, as functions of the submodule.
-#define VLPRUNE_BIND(module, where)                                                                 \
-  module.def("leave_one_out", &leave_one_out<&vlprune::where::leave_one_out>);                      \
-  module.def("retrieval_rank", &retrieval_rank<&vlprune::where::retrieval_rank>);                   \
-  module.def("column_norm_sq", &column_norm_sq<&vlprune::where::column_norm_sq>);                   \
-  module.def("prune_smallest", &prune_smallest<&vlprune::where::prune_smallest>);                   \
-  module.def("prune_nm", &prune_nm<&vlprune::where::prune_nm>);                                     \
-  module.def("key_histogram", &key_histogram<&vlprune::where::key_histogram>);                      \
-  module.def("count_keys", &count_keys<&vlprune::where::count_keys>);                               \
-  module.def("perturb", &perturb<&vlprune::where::perturb>);                                        \
-  module.def("attention_importance", &attention_importance<&vlprune::where::attention_importance>); \
-  module.def("select_tokens", &select_tokens<&vlprune::where::select_tokens>);                      \
-  module.def("diverse_tokens", &diverse_tokens<&vlprune::where::diverse_tokens>);                   \
-  module.def("compact_tokens", &compact_tokens<&vlprune::where::compact_tokens>);                   \
-  module.def("match_tokens", &match_tokens<&vlprune::where::match_tokens>);                         \
-  module.def("merge_tokens", &merge_tokens<&vlprune::where::merge_tokens>)
+// VLPRUNE_FOR_EACH_OP(VLPRUNE_BIND, cuda) makes every launcher of vlprune::cuda a function of the py::module_ `cuda`.
+#define VLPRUNE_BIND(op, Args, where) where.def(#op, &op<&vlprune::where::op>)

@@ -229,29 +229,31 @@ struct MergeTokens {
   int64_t batch, keep, tokens;  // B, K, T; T < 2^31
 };
 
-// Declares every launcher; `where` is its last parameter.
-#define VLPRUNE_DECLARE_OPS(where)                                   \
-  void leave_one_out(const LeaveOneOut& args, where);                \
-  void retrieval_rank(const RetrievalRank& args, where);             \
-  void column_norm_sq(const ColumnNormSq& args, where);              \
-  void prune_smallest(const PruneSmallest& args, where);             \
-  void prune_nm(const PruneNM& args, where);                         \
-  void key_histogram(const KeyHistogram& args, where);               \
-  void count_keys(const CountKeys& args, where);                     \
-  void perturb(const Perturb& args, where);                          \
-  void attention_importance(const AttentionImportance& args, where); \
-  void select_tokens(const SelectTokens& args, where);               \
-  void diverse_tokens(const DiverseTokens& args, where);             \
-  void compact_tokens(const CompactTokens& args, where);             \
-  void match_tokens(const MatchTokens& args, where);                 \
-  void merge_tokens(const MergeTokens& args, where);
+// The list of ops, each with its struct. `where` is what `apply` needs to know beside.
+#define VLPRUNE_FOR_EACH_OP(apply, where)                  \
+  apply(leave_one_out, LeaveOneOut, where);                \
+  apply(retrieval_rank, RetrievalRank, where);             \
+  apply(column_norm_sq, ColumnNormSq, where);              \
+  apply(prune_smallest, PruneSmallest, where);             \
+  apply(prune_nm, PruneNM, where);                         \
+  apply(key_histogram, KeyHistogram, where);               \
+  apply(count_keys, CountKeys, where);                     \
+  apply(perturb, Perturb, where);                          \
+  apply(attention_importance, AttentionImportance, where); \
+  apply(select_tokens, SelectTokens, where);               \
+  apply(diverse_tokens, DiverseTokens, where);             \
+  apply(compact_tokens, CompactTokens, where);             \
+  apply(match_tokens, MatchTokens, where);                 \
+  apply(merge_tokens, MergeTokens, where)
+
+#define VLPRUNE_DECLARE(op, Args, where) void op(const Args& args, where)
 
 namespace cpu {
-VLPRUNE_DECLARE_OPS(int threads)
+VLPRUNE_FOR_EACH_OP(VLPRUNE_DECLARE, int threads);
 }  // namespace cpu
 
 namespace cuda {
-VLPRUNE_DECLARE_OPS(void* stream)
+VLPRUNE_FOR_EACH_OP(VLPRUNE_DECLARE, void* stream);
 }  // namespace cuda
 
 }  // namespace vlprune

@@ -78,31 +78,18 @@ float* scratch() {
 }
 
 #if VLPRUNE_X86
-#define VLPRUNE_FORWARD(op, args, threads)               \
-  switch (isa()) {                                       \
-    case Isa::kAvx512: return avx512::op(args, threads); \
-    case Isa::kAvx2: return avx2::op(args, threads);     \
-    case Isa::kScalar: return scalar::op(args, threads); \
+#define VLPRUNE_FORWARD(op, Args, where)                   \
+  void op(const Args& args, where) {                       \
+    switch (isa()) {                                       \
+      case Isa::kAvx512: return avx512::op(args, threads); \
+      case Isa::kAvx2: return avx2::op(args, threads);     \
+      case Isa::kScalar: return scalar::op(args, threads); \
+    }                                                      \
   }
 #else
-#define VLPRUNE_FORWARD(op, args, threads) scalar::op(args, threads)
+#define VLPRUNE_FORWARD(op, Args, where) \
+  void op(const Args& args, where) { scalar::op(args, threads); }
 #endif
-
-void leave_one_out(const LeaveOneOut& args, int threads) { VLPRUNE_FORWARD(leave_one_out, args, threads); }
-void retrieval_rank(const RetrievalRank& args, int threads) { VLPRUNE_FORWARD(retrieval_rank, args, threads); }
-void column_norm_sq(const ColumnNormSq& args, int threads) { VLPRUNE_FORWARD(column_norm_sq, args, threads); }
-void prune_smallest(const PruneSmallest& args, int threads) { VLPRUNE_FORWARD(prune_smallest, args, threads); }
-void prune_nm(const PruneNM& args, int threads) { VLPRUNE_FORWARD(prune_nm, args, threads); }
-void key_histogram(const KeyHistogram& args, int threads) { VLPRUNE_FORWARD(key_histogram, args, threads); }
-void count_keys(const CountKeys& args, int threads) { VLPRUNE_FORWARD(count_keys, args, threads); }
-void perturb(const Perturb& args, int threads) { VLPRUNE_FORWARD(perturb, args, threads); }
-void attention_importance(const AttentionImportance& args, int threads) {
-  VLPRUNE_FORWARD(attention_importance, args, threads);
-}
-void select_tokens(const SelectTokens& args, int threads) { VLPRUNE_FORWARD(select_tokens, args, threads); }
-void diverse_tokens(const DiverseTokens& args, int threads) { VLPRUNE_FORWARD(diverse_tokens, args, threads); }
-void compact_tokens(const CompactTokens& args, int threads) { VLPRUNE_FORWARD(compact_tokens, args, threads); }
-void match_tokens(const MatchTokens& args, int threads) { VLPRUNE_FORWARD(match_tokens, args, threads); }
-void merge_tokens(const MergeTokens& args, int threads) { VLPRUNE_FORWARD(merge_tokens, args, threads); }
+VLPRUNE_FOR_EACH_OP(VLPRUNE_FORWARD, int threads)
 
 }  // namespace vlprune::cpu

@@ -26,13 +26,14 @@ void force_isa(const char* name);
 constexpr int64_t kScratchFloats = 528 * 1024, kKeptFloats = 48 * 1024;
 float* scratch();
 
-#define VLPRUNE_DECLARE_KERNELS(isa_namespace) \
-  namespace isa_namespace {                    \
-  VLPRUNE_DECLARE_OPS(int threads)             \
-  }
-VLPRUNE_DECLARE_KERNELS(scalar)
-VLPRUNE_DECLARE_KERNELS(avx2)
-VLPRUNE_DECLARE_KERNELS(avx512)
-#undef VLPRUNE_DECLARE_KERNELS
+namespace scalar {
+VLPRUNE_FOR_EACH_OP(VLPRUNE_DECLARE, int threads);
+}  // namespace scalar
+namespace avx2 {
+VLPRUNE_FOR_EACH_OP(VLPRUNE_DECLARE, int threads);
+}  // namespace avx2
+namespace avx512 {
+VLPRUNE_FOR_EACH_OP(VLPRUNE_DECLARE, int threads);
+}  // namespace avx512
 
 }  // namespace vlprune::cpu

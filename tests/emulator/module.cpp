@@ -7,7 +7,8 @@
 #include "launchers.h"
 
 PYBIND11_MODULE(_emulated, m) {
-  VLPRUNE_BIND(m, cuda);
+  py::module_& cuda = m;
+  VLPRUNE_FOR_EACH_OP(VLPRUNE_BIND, cuda);
   m.def("allow", &emulator::allow);
   m.def("forbid_all", &emulator::forbid_all);
   m.def("faults", [](const std::string& name, std::uintptr_t out, bool faulty) {
