@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoProcessor
 from vlprune_ext.anatomy import describe
 from vlprune_ext.apply_plan import apply
 from vlprune_ext.checkpoint import load as loading
+from vlprune_ext.checkpoint import load_model, load_record
 from vlprune_ext.checkpoint import save as saving
 from vlprune_ext.checkpoint.load import load_pruned
 from vlprune_ext.checkpoint.save import save_pruned
@@ -551,3 +553,63 @@ def test_malformed_config(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"out: no config\.json"):
         load_pruned(folder)
+
+
+# ---- folders of the version before, and of the command line ---------------------------------------------------------
+
+SAVED = Path(__file__).parent / "saved_by_0_1_0"  # by `vlprune prune`: uneven heads and neurons, scores, a comparison
+
+
+def test_a_folder_of_the_version_before_loads():
+    model = load_pruned(SAVED)
+    text = model.config.text_config
+    ids = torch.tensor([[text.bos_token_id, 5, 6, 7, text.eos_token_id]])
+    pixels = torch.linspace(-1, 1, 3 * 48 * 48).view(1, 3, 48, 48)
+    with torch.no_grad():
+        found = model(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
+    image = torch.tensor([-0.08232911676168442, -0.11283522844314575, -0.4430394768714905, 0.24404911696910858])
+    words = torch.tensor([0.13401904702186584, 0.1473298966884613, 0.15507438778877258, -0.21016982197761536])
+    torch.testing.assert_close(found.image_embeds[0, :4], image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.text_embeds[0, :4], words, rtol=1e-4, atol=1e-5)
+    assert describe(model).shape() == json.loads((SAVED / "pruning.json").read_text())["structure"]
+
+
+def test_a_record_of_the_version_before_is_read():
+    record, comparisons = load_record(SAVED)
+    assert record.method["name"] == "mope"
+    assert len(record.scores) == 24
+    assert comparisons.keys() == {"Random"}
+    assert record.plan.neurons["vision"][0]
+
+
+def test_a_folder_is_replaced_with_its_scores_and_comparisons(tmp_path):
+    """What the command line saved with an earlier model is not taken for the new one's."""
+    out = tmp_path / "out"
+    shutil.copytree(SAVED, out)
+    (out / "notes.txt").write_text("mine")
+    save_pruned(pruned("clip"), out)
+    assert not (out / "scores.json").exists()
+    assert not (out / "comparisons.json").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    assert load_record(out)[0].scores is None
+
+
+def test_scores_and_comparisons_appear_with_the_model(tmp_path):
+    scores, numbers = load_record(SAVED)[0].scores, {"Random": {"recall@1": 0.25}}
+    out = save_pruned(pruned("clip"), tmp_path / "out", scores=scores, comparisons=numbers)
+    record, comparisons = load_record(out)
+    assert record.scores.modules == scores.modules
+    assert comparisons == numbers
+    assert {"scores.json", "comparisons.json"} <= set(content(out, "pruning.json")["files"])
+
+
+def test_a_broken_processor_is_an_error_and_none_is_none(tmp_path):
+    broken, bare = tmp_path / "broken", tmp_path / "bare"
+    for folder in (broken, bare):
+        shutil.copytree(SAVED, folder)
+    (broken / "tokenizer.json").write_text('{"truncated')
+    with pytest.raises(ValueError, match=r"broken: its processor cannot be read"):
+        load_model(str(broken))
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    assert load_model(str(bare)).processor is None

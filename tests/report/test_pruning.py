@@ -15,7 +15,7 @@ from vlprune_ext.checkpoint.record import Record, load_record
 from vlprune_ext.plan import Module, Plan, Scores
 from vlprune_ext.report import pruning as report
 from vlprune_ext.report.figures.plans import cut, sparsity
-from vlprune_ext.report.figures.quality import quality_against_sparsity
+from vlprune_ext.report.figures.quality import quality_against_savings
 from vlprune_ext.report.figures.scores import heat_map, names, place, ranking, removed_shares
 from vlprune_ext.report.figures.style import number, svg
 from vlprune_ext.report.pruning import render, write_report
@@ -481,14 +481,14 @@ def test_page_shows_only_what_happened(charts, record):
     charts.clear()
     both = Plan(record.plan.shape, heads=record.plan.heads, sparsity=sparse_record().plan.sparsity)
     text = " ".join(_parse(render(Record(both))).text)
-    assert "What was cut" in text
+    assert "What was removed" in text
     assert "Sparsity of every block" in text
     charts.clear()
     untouched = Plan(both.shape, heads={"vision": {0: []}}, sparsity=dict.fromkeys(both.sparsity, 0.0))
     text = " ".join(_parse(render(Record(untouched))).text)
     assert not charts
     assert "removed nothing" in text
-    assert "What was cut" not in text
+    assert "What was removed" not in text
     assert "Sparsity of every block" not in text
 
 
@@ -529,13 +529,13 @@ def test_summaries_of_sparse_plans_read_well():
     assert cut_summary(Plan({}, sparsity={"layers.0.fc.weight": 0.5})) == "50% of the weights of 1 matrix"
 
 
-# ---- quality against sparsity ---------------------------------------------------------------------------------------
+# ---- quality against savings ----------------------------------------------------------------------------------------
 
 
 def test_names_that_differ_in_their_sparsity_are_one_line():
     rows = [("dense", 0.0, 0.9), ("ECoFLaP", 0.58, 0.8), ("Wanda 0.7", 0.68, 0.3), ("Wanda 0.5", 0.48, 0.7)]
     rows += [("RIA, 50%", 0.48, 0.6), ("RIA, 60 %", 0.58, 0.5), ("Wanda 2:4", 0.49, 0.75), ("OWL (0.5)", 0.48, 0.7)]
-    axes = quality_against_sparsity(rows, "recall@1").axes[0]
+    axes = quality_against_savings(rows, "recall@1").axes[0]
     dense, *lines = axes.lines
     assert list(dense.get_ydata()) == [0.9, 0.9]
     assert dense.get_linestyle() == "--"
@@ -554,7 +554,7 @@ def test_names_that_differ_in_their_sparsity_are_one_line():
 
 
 def test_series_differ_in_more_than_colour():
-    lines = quality_against_sparsity([("dense", 0, 1), *((f"m{'x' * n}", n, n) for n in range(20))]).axes[0].lines[1:]
+    lines = quality_against_savings([("dense", 0, 1), *((f"m{'x' * n}", n, n) for n in range(20))]).axes[0].lines[1:]
     assert len({(line.get_marker(), line.get_fillstyle()) for line in lines}) == 20
 
 
@@ -563,8 +563,8 @@ def test_page_draws_quality_against_what_is_left_of_the_dense_model(charts):
     small = {"exact_match": 0.6, "params": 300, "nonzero": 300}
     useless = {"nothing": {"nonzero": 100}, "inf": {"exact_match": math.inf, "nonzero": 10}, "text": {"exact_match": 1}}
     page = render(record, comparisons={"MoPE": small, **useless})
-    assert "Quality against sparsity" in page
-    _, *lines = charts["exact match against sparsity"].axes[0].lines
+    assert "Quality against savings" in page
+    _, *lines = charts["exact match against savings"].axes[0].lines
     drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in lines}
     assert drawn == {"ECoFLaP": (pytest.approx(0.45), 0.85), "MoPE": (pytest.approx(0.7), 0.6)}
 
@@ -574,9 +574,23 @@ def test_page_draws_quality_against_what_is_left_of_the_dense_model(charts):
 )
 def test_one_sparsity_is_no_trade_off(charts, comparisons):
     record = replace(sparse_record(), scores=None)
-    assert "Quality against sparsity" not in render(record, comparisons=comparisons)
+    assert "Quality against savings" not in render(record, comparisons=comparisons)
     record.before = {}
-    assert "Quality against sparsity" not in render(record, comparisons={"MoPE": {"exact_match": 0.6, "nonzero": 300}})
+    assert "Quality against savings" not in render(record, comparisons={"MoPE": {"exact_match": 0.6, "nonzero": 300}})
+
+
+@pytest.mark.parametrize(("flops", "across"), [(480, ""), (300, "share of FLOPs saved")])
+def test_models_of_nearly_one_sparsity_are_told_apart_by_flops_or_not_drawn(flops, across, charts):
+    """The result has 55% of its parameters; 54.5% of another, a hundredth beside it, would be a vertical line."""
+    record = replace(sparse_record(), scores=None)
+    record.before["flops"], record.after["flops"] = 1000, 485
+    other = {"exact_match": 0.7, "nonzero": record.after["nonzero"] - 5, "flops": flops}
+    page = render(record, comparisons={"Wanda": other})
+    assert ("Quality against savings" in page) == bool(across)
+    if across:
+        axes = charts["exact match against savings"].axes[0]
+        assert axes.get_xlabel() == across
+        assert [line.get_xdata()[0] for line in axes.lines[1:]] == pytest.approx([0.515, 0.7])
 
 
 def test_a_method_among_others_of_its_name_says_its_sparsity():

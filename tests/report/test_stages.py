@@ -128,7 +128,7 @@ def test_plans_of_tokens_only(record, charts):
     assert "CoMP lets 20% of the vision tokens leave." in page
     assert "removed nothing" not in page
     assert "fewer parameters" not in page
-    assert "What was cut" not in page
+    assert "What was removed" not in page
     assert cut_summary(record.plan) == "20% of the vision tokens"
 
 

@@ -1,6 +1,7 @@
 """Zeroing equals removing, in every family; and whatever is patched or refused leaves no trace."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 from vlprune_ext.anatomy import describe
 from vlprune_ext.apply_plan import apply
+from vlprune_ext.methods import Magnitude
+from vlprune_ext.methods.units.magnitude import unit_norms
 from vlprune_ext.plan import Plan
 from vlprune_ext.units import surgery
 from vlprune_ext.units.masking import masked
@@ -351,12 +354,29 @@ def test_rounding_goes_up(removed, round_to, left):
     assert len(plan.removed("vision", "neurons", 0)) == removed
 
 
-def test_rounding_brings_back_the_most_important():
+def test_rounding_brings_back_what_was_removed_last():
     plan = Plan({"vision": [{"neurons": 8}]})
-    plan.add("vision", "neurons", 0, [0, 1, 2, 5, 6])
-    order = {"vision": {0: [5, 2, 7, 0, 1, 3, 4, 6]}}  # from least to most important
-    assert round_plan(plan, 4, order).removed("vision", "neurons", 0) == [0, 1, 2, 5]
-    assert round_plan(plan, 6, order).removed("vision", "neurons", 0) == [2, 5]
+    plan.add("vision", "neurons", 0, [6, 5])
+    plan.add("vision", "neurons", 0, [0, 5, 2, 1])
+    assert plan.removed("vision", "neurons", 0) == [0, 1, 2, 5, 6]
+    assert round_plan(plan, 4).removed("vision", "neurons", 0) == [0, 2, 5, 6]
+    assert round_plan(plan, 6).removed("vision", "neurons", 0) == [5, 6]
+    again = Plan.from_dict(json.loads(plan.to_json()))
+    assert round_plan(again, 6).removed("vision", "neurons", 0) == [5, 6]
+
+
+@pytest.mark.parametrize("rewire", [False, True])
+def test_rounding_keeps_the_neurons_that_are_worth_most(rewire):
+    """By |w| of a layer with 64 neurons of which 29 should go: after rounding the 24 of least |w|."""
+    model = tiny.build("clip")
+    data = tiny.retrieval_data("clip", model, 8)
+    method = Magnitude(keep_heads=1.0, keep_neurons=0.55, scope="layer", neurons_per_group=1, rewire=rewire)
+    plan = method.plan(model, data)
+    site = describe(model).tower("vision").blocks[0].sites["neurons"]
+    asked, width = len(plan.removed("vision", "neurons", 0)), site.units
+    rounded = round_plan(plan, 8).removed("vision", "neurons", 0)
+    assert len(rounded) == width - -(-(width - asked) // 8) * 8 < asked
+    assert rounded == sorted(unit_norms(site).argsort(stable=True)[: len(rounded)].tolist())
 
 
 @pytest.mark.parametrize("round_to", [0, -8, 2.5, "8"])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..units.surgery import shrink
 from .config import plain_config
-from .manifest import MANIFEST, read_json, read_manifest
+from .manifest import MANIFEST, one_line, read_json, read_manifest
 
 
 def load_pruned(path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
@@ -71,11 +71,6 @@ def _local_folder(path: str | os.PathLike) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the client raises many kinds
         raise FileNotFoundError(f"{path}: no such folder, and not found on the hub ({one_line(error)})") from error
-
-
-def one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return " ".join(text.split()) if text else type(error).__name__
 
 
 def _model_class(folder: Path, content: dict) -> type[PreTrainedModel]:

@@ -63,6 +63,12 @@ def pretty_json(content: object) -> str:
     return re.sub(r"\[[\s\d,.eE+-]*\]", lambda found: re.sub(r"\s+", " ", found.group()), text) + "\n"
 
 
+def one_line(error: Exception) -> str:
+    """Return what an error says in one line of at most 240 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."
+
+
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

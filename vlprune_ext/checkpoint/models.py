@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from .. import zoo
 from ..anatomy import FAMILIES
 from .load import load_pruned
-from .manifest import MANIFEST
+from .manifest import MANIFEST, one_line
 
 DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
@@ -110,13 +110,20 @@ def _load_plain(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
     return model
 
 
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
 def _processor(source: str) -> Any:
+    """Return the processor of a model; None for one that has none.
+
+    Raises ValueError for one that is there and cannot be read.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        return None
     try:
         return AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except Exception:  # a model without one; `load_data` says so when it needs it
-        return None
-
-
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        if isinstance(error, OSError) and not folder.is_dir():
+            return None  # a model on the hub without one; `load_data` says so when it needs it
+        raise ValueError(f"{source}: its processor cannot be read ({one_line(error)})") from error

@@ -19,6 +19,7 @@ class Plan:
     heads        tower -> layer -> heads (key/value heads, with their query heads, under grouped queries)
     cross_heads  the same for cross attention
     neurons      tower -> layer -> neurons of the MLP's hidden layer
+                 of all three, units are in the order in which they were removed, the least important first
     layers       tower -> blocks
     sparsity     parameter name -> share of its entries that become zero
     selection    which entries: fields of `layerwise.Selection`
@@ -44,15 +45,15 @@ class Plan:
 
     def removed(self, tower: str, kind: str, layer: int) -> list[int]:
         """The units of one site that go, ascending; [] if none."""
-        return self.units(kind).get(tower, {}).get(layer, [])
+        return sorted(self.units(kind).get(tower, {}).get(layer, []))
 
     def add(self, tower: str, kind: str, layer: int, units: list[int]) -> None:
-        """Remove more units of one site, or (kind "layer") a block."""
+        """Remove more units of one site, the least important first, or (kind "layer") a block."""
         if kind == "layer":
             self.layers[tower] = sorted({*self.layers.get(tower, []), layer})
         else:
             of_tower = self.units(kind).setdefault(tower, {})
-            of_tower[layer] = sorted({*of_tower.get(layer, []), *units})
+            of_tower[layer] = list(dict.fromkeys([*of_tower.get(layer, []), *units]))
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise ValueError unless the plan was made for a model of this shape and is within its bounds."""

@@ -12,7 +12,7 @@ from ..checkpoint.record import applied_plan
 from ..plan import Plan, Scores
 from ..plan.files import write_text
 from .figures.plans import cut, sparsity
-from .figures.quality import quality_against_sparsity
+from .figures.quality import quality_against_savings
 from .figures.scores import heat_map, ranking, removed_shares
 from .figures.style import KINDS, number, svg
 from .page import fill, plain, versions
@@ -82,19 +82,31 @@ def _lede(result: Any, plan: Plan) -> str:
     return f"{text} {joined[0].upper()}{joined[1:]}."
 
 
+# What may be drawn across, the first that tells the pruned models apart: the numbers, and what the axis is called.
+_SAVINGS = (
+    ("nonzero", "share of parameters that are zero or removed"),
+    ("flops", "share of FLOPs saved"),
+)
+_TOLD_APART = 0.02  # shares this near to each other say nothing
+
+
 def _trade_off(result: Any, comparisons: Mapping[str, Any] | None) -> str:
-    """Quality against sparsity, where pruned models of different sparsities were measured."""
+    """Draw quality against what was saved, where pruned models that saved differently were measured; else ""."""
     dense = result.before or {}
     quality = next((key for key in columns(dense) if key not in SIZES), None)
-    if quality is None or not dense.get("nonzero"):
+    if quality is None:
         return ""
-    points = [
-        (name, 1 - numbers["nonzero"] / dense["nonzero"], numbers[quality])
+    rows = [
+        (name, numbers)
         for name, numbers, _ in measured_rows(result, comparisons)
-        if "nonzero" in numbers and isinstance(numbers.get(quality), (int, float)) and math.isfinite(numbers[quality])
+        if isinstance(numbers.get(quality), (int, float)) and math.isfinite(numbers[quality])
     ]
-    several = len({round(share, 2) for _, share, _ in points[1:]}) > 1
-    return svg(quality_against_sparsity(points, quality.replace("_", " "))) if several else ""
+    for key, across in _SAVINGS:
+        points = [(name, 1 - n[key] / dense[key], n[quality]) for name, n in rows if dense.get(key) and key in n]
+        shares = [share for _, share, _ in points[1:]]
+        if shares and max(shares) - min(shares) >= _TOLD_APART:
+            return svg(quality_against_savings(points, quality.replace("_", " "), across))
+    return ""
 
 
 def _table_note(result: Any, keys: list[str]) -> str:

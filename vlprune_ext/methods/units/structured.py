@@ -170,12 +170,13 @@ class Structured(ABC):
             pools.append((positions, max(0, min(budget, len(positions) - 1))))
         return pools
 
-    @staticmethod
-    def _remove(plan: Plan, found: list[Candidate], value: Tensor, pools: Callable[..., Pools]) -> None:
+    def _remove(self, plan: Plan, found: list[Candidate], value: Tensor, pools: Callable[..., Pools]) -> None:
         for positions, budget in pools(found, value):
             for i in order_of(found, value, positions)[:budget]:
                 module = found[i].module
-                plan.add(module.tower, module.kind, module.layer, list(found[i].intervention.units))
+                units = list(found[i].intervention.units)
+                # Rewired groups begin with their most important neuron; a plan lists the least important first.
+                plan.add(module.tower, module.kind, module.layer, units[::-1] if self.rewire else units)
 
 
 def order_of(found: list[Candidate], value: Tensor, positions: list[int]) -> list[int]:

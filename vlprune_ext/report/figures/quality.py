@@ -15,10 +15,21 @@ if TYPE_CHECKING:  # matplotlib loads when something is drawn
 
 
 @styled()
-def quality_against_sparsity(rows: Sequence[tuple[str, float, float]], quality: str = "quality") -> Figure:
-    """Quality by the share of parameters that are zero or gone: (name, share, quality) of each model, dense first.
+def quality_against_savings(
+    rows: Sequence[tuple[str, float, float]],
+    quality: str = "quality",
+    across: str = "share of parameters that are zero or removed",
+) -> Figure:
+    """Draw quality by what was saved, a line for each method.
 
-    The dense model is a dashed line. Names that differ only in a sparsity at their end ("Wanda 0.5") are one line.
+    Names that differ only in a sparsity at their end ("Wanda 0.5") are one line; the dense model is a dashed one.
+
+    Parameters
+    ----------
+    rows : sequence of (str, float, float)
+        Name, share that was saved, and quality of each model; the dense one first.
+    quality, across : str
+        What the axes are called.
     """
     (dense, _, level), *others = rows
     series: dict[str, list[tuple[str, float, float]]] = {}
@@ -26,7 +37,7 @@ def quality_against_sparsity(rows: Sequence[tuple[str, float, float]], quality: 
         common = re.sub(r"[\s,(]+(0?\.\d+|\d+\s?%)\)?$", "", row[0])
         series.setdefault(common, []).append(row)
 
-    figure = new_figure(f"{quality} against sparsity", 3.2)
+    figure = new_figure(f"{quality} against savings", 3.2)
     axes = figure.subplots()
     trade_off(
         figure,
@@ -34,7 +45,7 @@ def quality_against_sparsity(rows: Sequence[tuple[str, float, float]], quality: 
         (dense, level),
         {name: ([(share, value) for _, share, value in members], members[0][0]) for name, members in series.items()},
     )
-    axes.set(xlabel="share of parameters that are zero or gone", ylabel=quality)
+    axes.set(xlabel=across, ylabel=quality)
     return figure
 
 
