@@ -39,7 +39,7 @@ def _sub_config(content: dict, where: str) -> dict:
 
 
 def _units(tower: Tower) -> list[dict[str, int]]:
-    """The units of every block in the words of a config."""
+    """Return the units of every block under the keys of a config."""
     rows = []
     for block in tower.blocks:
         row = {}
@@ -86,7 +86,7 @@ def _describe_units(model_class: Any, content: dict, where: str, tower: Tower) -
 
 
 def plain_config(content: dict) -> dict:
-    """A config without what is said of single layers."""
+    """Return a config without its per-layer keys."""
     return {
         key: plain_config(value) if isinstance(value, dict) else value
         for key, value in content.items()
@@ -95,7 +95,7 @@ def plain_config(content: dict) -> dict:
 
 
 def _stock_config(model_class: Any, content: dict) -> PreTrainedConfig | None:
-    """The config object, or None if transformers does not accept it."""
+    """Return the config object, or None if transformers does not accept it."""
     try:
         return model_class.config_class.from_dict(copy.deepcopy(content))
     except Exception:  # validation raises many kinds
@@ -103,7 +103,7 @@ def _stock_config(model_class: Any, content: dict) -> PreTrainedConfig | None:
 
 
 def _stock_shape(model_class: Any, content: dict) -> dict | None:
-    """The units of the model that transformers builds from a config, or None if it builds none."""
+    """Return the units of the model that transformers builds from a config, or None if it builds none."""
     config = _stock_config(model_class, content) if plain_config(content) == content else None
     if config is None:
         return None

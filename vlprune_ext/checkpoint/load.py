@@ -23,14 +23,26 @@ from .manifest import MANIFEST, one_line, read_json, read_manifest
 def load_pruned(path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load what `save_pruned` wrote: the model in evaluation mode, in the dtype it was saved in.
 
-    path    a folder; or, if there is none of that name, a model id on the Hugging Face hub
-    kwargs  passed on to ``from_pretrained``: dtype, device_map, attn_implementation
-
     ``model.vlprune`` holds the plans that were applied. No dense weights are made on the way; only safetensors are read
     and no code from the folder is run.
 
-    Raises FileNotFoundError if there is nothing, ValueError if it is not a pruned model, or a file is damaged, or its
-    tensors are not those that ``pruning.json`` promises.
+    Parameters
+    ----------
+    path : str or PathLike
+        A folder; or, if there is none of that name, a model id on the Hugging Face hub.
+    **kwargs
+        Passed on to ``from_pretrained``: dtype, device_map, attn_implementation.
+
+    Returns
+    -------
+    PreTrainedModel
+
+    Raises
+    ------
+    FileNotFoundError
+        There is nothing of that name.
+    ValueError
+        It is not a pruned model, a file is damaged, or its tensors are not those that ``pruning.json`` promises.
     """
     folder = _local_folder(path)
     record = read_manifest(folder)

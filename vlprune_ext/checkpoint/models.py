@@ -36,11 +36,27 @@ class Loaded:
 def load_model(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
     """Load a model folder, a folder of `save_pruned`, a zoo model ("clip-digits") or a hub id ("owner/name").
 
-    device  "auto" (the GPU if there is one), or what torch.device takes
-    dtype   a key of `DTYPES`; "auto" keeps that of the files
+    The class is ``architectures[0]`` of the config; weights are safetensors only; remote code is never run.
 
-    The class is ``architectures[0]`` of the config; weights are safetensors only; remote code is never run. Raises
-    FileNotFoundError if there is nothing of that name, ValueError for a model that is not known or cannot be read.
+    Parameters
+    ----------
+    name : str
+    device : str
+        "auto" (the GPU if there is one), or what torch.device takes.
+    dtype : str
+        A key of `DTYPES`; "auto" keeps that of the files.
+
+    Returns
+    -------
+    Loaded
+        The model in evaluation mode, its source, and its processor if it has one.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is nothing of that name.
+    ValueError
+        A model that is not known or cannot be read, or whose processor cannot be read.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}, expected one of {', '.join(DTYPES)}")

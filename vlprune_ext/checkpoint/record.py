@@ -25,7 +25,10 @@ class Record:
 
 
 def load_record(folder: str | os.PathLike) -> tuple[Record, dict[str, dict]]:
-    """The record of a saved pruned model and what it was compared with. Raises ValueError if the folder holds none."""
+    """Read the record of a saved pruned model, and the numbers of what it was compared with.
+
+    Raises ValueError, naming the file, if the folder holds none or it is malformed.
+    """
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
@@ -51,6 +54,6 @@ def load_record(folder: str | os.PathLike) -> tuple[Record, dict[str, dict]]:
 
 
 def applied_plan(result: Any) -> Plan:
-    """What really went: after rounding, where the model tells."""
+    """Return the plan as it was carried out: after rounding, where the model has a record of it."""
     plans = getattr(getattr(result, "model", None), "vlprune", {}).get("plans", [])
     return Plan.from_dict(plans[-1]["plan"]) if plans else result.plan

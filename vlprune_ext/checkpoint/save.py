@@ -128,7 +128,7 @@ def _check_target(out_dir: Path) -> None:
 
 
 def _write_error(error: SafetensorError, out_dir: Path) -> OSError:
-    """safetensors reports what the system said as text only: "... No space left on device (os error 28)"."""
+    """Return the system's error, of which safetensors keeps the text only: "... (os error 28)"."""
     code = re.search(r"os error (\d+)", str(error))
     number = int(code.group(1)) if code else errno.EIO
     return OSError(number, os.strerror(number) if code else str(error), str(out_dir))

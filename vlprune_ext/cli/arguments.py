@@ -47,7 +47,7 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 
 def _shares(option: str) -> Callable[[str], tuple[float, ...]]:
-    """What reads the shares that an option gives."""
+    """Return a parser of an option that takes shares."""
 
     def read(text: str) -> tuple[float, ...]:
         try:
@@ -62,7 +62,7 @@ def _shares(option: str) -> Callable[[str], tuple[float, ...]]:
 
 
 def new_file(path: Path | None) -> Path | None:
-    """Find out before hours of work that the result cannot be written."""
+    """Raise UsageError, before hours of work, if the result cannot be written."""
     if path is not None:
         if path.is_dir():
             raise UsageError(f"{path}: a folder, expected the name of a file")
@@ -71,7 +71,7 @@ def new_file(path: Path | None) -> Path | None:
 
 
 def new_folder(path: Path | None) -> Path | None:
-    """The same for a folder, which may lie in others that do not exist yet."""
+    """Do as `new_file` for a folder, whose parents need not exist yet."""
     if path is not None:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: a file, expected a folder")
@@ -187,7 +187,7 @@ def read_data(
 
 
 def open_image(path: Path) -> Any:
-    """A picture. Raises UsageError for a file that is none."""
+    """Open a picture. Raises UsageError for a file that is none."""
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():
@@ -200,7 +200,7 @@ def open_image(path: Path) -> Any:
 
 
 def _read_settings(settings: Sequence[str], known: set[str], whose: str) -> dict[str, Any]:
-    """FIELD=VALUE, the value in JSON or as it stands."""
+    """Parse FIELD=VALUE, the value in JSON or as it stands."""
     given: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -218,7 +218,7 @@ def _read_settings(settings: Sequence[str], known: set[str], whose: str) -> dict
 def token_methods(
     names: Sequence[str], keeps: Sequence[float], settings: Sequence[str]
 ) -> dict[str, list[TokenMethod]]:
-    """The methods of token pruning of these names, each with every share that is to be kept."""
+    """Build the token methods of these names, each with every share that is to be kept."""
     from ..methods import TOKENS
 
     for name in names:
@@ -238,7 +238,7 @@ def token_methods(
 def chosen_methods(
     context: typer.Context, names: Sequence[str], settings: Sequence[str]
 ) -> dict[str, Structured | ECoFLaP | CoMP]:
-    """The methods of these names, by what tells them apart; each takes the options and settings that are its fields.
+    """Build the methods of these names; each takes the options and settings that are its fields.
 
     Where several sparsities are given, one method for each.
     """

@@ -75,7 +75,7 @@ class _Stage:
     say: Callable[[str], None]
 
     def read(self, **splits: int) -> tuple[Loaded, dict[str, Data]]:
-        """The model, and so many images of each split."""
+        """Load the model, and so many images of each split."""
         loaded = load_model(self.model)
         model = loaded.model
         with self.working("reading the data"):
@@ -107,7 +107,7 @@ class _Stage:
 
 
 def run_clip(out: Path, report: Path, *, keep: float, working: Working, say: Callable[[str], None]) -> Outcome:
-    """Heads and neurons of the CLIP go; ``working`` opens a progress bar, ``say`` prints a line."""
+    """Remove heads and neurons of the CLIP; ``working`` opens a progress bar, ``say`` prints a line."""
     start = time.perf_counter()
     stage = _Stage(CLIP, "digits", "retrieval", "recall@1", working, say)
     loaded, data = stage.read(calibration=CALIBRATION, train=TRAIN, test=TEST)
@@ -143,7 +143,7 @@ def run_clip(out: Path, report: Path, *, keep: float, working: Working, say: Cal
 
 
 def run_llava(out: Path, report: Path, *, working: Working, say: Callable[[str], None]) -> Outcome:
-    """Weights of the LLaVA are zeroed, at several sparsities."""
+    """Zero weights of the LLaVA, at several sparsities."""
     start = time.perf_counter()
     stage = _Stage(LLAVA, DIGITS_QUESTIONS, "exact_match", "exact_match", working, say)
     loaded, data = stage.read(calibration=CALIBRATION, test=TEST)
@@ -170,7 +170,7 @@ def run_llava(out: Path, report: Path, *, working: Working, say: Callable[[str],
 
 
 def run_tokens(report: Path, *, working: Working, say: Callable[[str], None]) -> TokenComparison:
-    """The dense LLaVA answers questions with fewer visual tokens."""
+    """Answer questions by the dense LLaVA with fewer visual tokens."""
     start = time.perf_counter()
     loaded = load_model(LLAVA)
     data = load_data(DIGITS_QUESTIONS, "test", model=loaded.model, processor=loaded.processor, limit=TEST, seed=SEED)

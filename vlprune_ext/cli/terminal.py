@@ -33,7 +33,7 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def usage() -> Iterator[None]:
-    """What is raised inside is the caller's mistake."""
+    """Turn errors raised inside into the caller's: exit code 2."""
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
@@ -84,7 +84,7 @@ def _fail(message: str, code: int, debug: bool = False) -> int:
 
 
 def quiet() -> None:
-    """What other packages have to say would break 'errors in one line' and 'nothing else on stdout'."""
+    """Silence other packages, which would break 'errors in one line' and 'nothing else on stdout'."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -96,7 +96,7 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr, and a callback that moves it; what other packages print meanwhile is dropped."""
+    """Show a progress bar on stderr, and yield the callback that moves it; other packages' prints are dropped."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -118,7 +118,7 @@ def working(what: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     Console(stderr=True, highlight=False).print(text)
 
 
@@ -144,7 +144,7 @@ def _finite(content: Any) -> Any:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """The first column to the left, numbers to the right."""
+    """Return a table with its first column to the left and numbers to the right."""
     result = Table(
         title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim"
     )
@@ -154,7 +154,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def before_after(result: Any, comparisons: Mapping[str, Any] | None = None) -> Table:
-    """The table of a report, for a terminal."""
+    """Return the table of a report, for a terminal."""
     from ..report.tables import comparison_table
 
     content = comparison_table(result, comparisons) or {"columns": (), "rows": ()}

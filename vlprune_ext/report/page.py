@@ -12,7 +12,7 @@ from ..workflow.machine import environment
 
 
 def fill(template: str, **content: Any) -> str:
-    """A page from a template and what stands in it."""
+    """Render a page from a template and its content."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vlprune_ext.report"),
         autoescape=True,
@@ -23,7 +23,7 @@ def fill(template: str, **content: Any) -> str:
 
 
 def versions() -> list[tuple[str, str]]:
-    """What a page was made with."""
+    """Return the versions and the machine that a page was made with, as rows."""
     about = environment()
     shown = ("vlprune_ext", "torch", "transformers", "python", "machine", "threads", "isa", "gpus")
     return [(key.replace("_", " "), plain(about[key])) for key in shown if about[key]]

@@ -26,14 +26,20 @@ def write_report(
 ) -> None:
     """Write a self-contained HTML report; whole or not at all.
 
-    result       a `Result` or `Record`: plan, scores, before, after, method, data
-    comparisons  name -> another `Result`, or its dict of numbers; more rows in the table
+    Parameters
+    ----------
+    path : str or PathLike
+    result : Result or Record
+        With plan, scores, before, after, method and data.
+    comparisons : mapping, optional
+        Name -> another `Result`, or its numbers; more rows in the table.
+    title : str, optional
     """
     write_text(path, render(result, comparisons=comparisons, title=title))
 
 
 def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: str | None = None) -> str:
-    """The HTML of `write_report`."""
+    """Return the HTML of `write_report`."""
     scores: Scores | None = result.scores
     plan = applied_plan(result)
     table = comparison_table(result, comparisons)

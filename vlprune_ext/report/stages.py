@@ -25,7 +25,7 @@ _TOKENS = (
 
 
 def stages(method: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the section "Stages" shows of a plan's method; None where it has no history."""
+    """Return the content of the section "Stages" for a plan's method; None where it has no history."""
     history = method.get("history")
     if not history:
         return None

@@ -14,7 +14,7 @@ HIDDEN = ("image_to_text_", "text_to_image_")  # the two halves of a recall that
 
 
 def columns(*numbers: Mapping[str, Any]) -> list[str]:
-    """The metrics to show: qualities first, then sizes and speed."""
+    """List the metrics to show: qualities first, then sizes and speed."""
     seen = dict.fromkeys(
         key
         for row in numbers
@@ -28,7 +28,7 @@ def columns(*numbers: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_table(result: Any, comparisons: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Rows "dense", the method, and what it is compared with; None if nothing was measured.
+    """Return rows "dense", the method, and what it is compared with; None if nothing was measured.
 
     For the terminal and the page alike: {"columns": [...], "rows": [{"name", "main", "cells": [{"text", "change"}]}]}.
     """
@@ -57,7 +57,7 @@ def comparison_table(result: Any, comparisons: Mapping[str, Any] | None = None) 
 
 
 def measured_rows(result: Any, comparisons: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any], bool]]:
-    """(name, numbers, whether it is the result) of the models that were measured, dense first."""
+    """List (name, numbers, whether it is the result) of the models that were measured, dense first."""
     name = method_name(result)
     sparsity = method_of(result).get("sparsity")
     if sparsity is not None and any(other.startswith(f"{name} ") for other in comparisons or {}):
@@ -68,7 +68,7 @@ def measured_rows(result: Any, comparisons: Mapping[str, Any] | None) -> list[tu
 
 
 def extremes(scores: Scores, plan: Plan | None, count: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The modules at both ends of the ranking, as rows of text: module, value, error, cost, removed."""
+    """List the modules at both ends of the ranking, as rows of text: module, value, error, cost, removed."""
     order, called = scores.ranking(), names(scores)
     shares = removed_shares(scores, plan)
     count = min(count, max(1, len(order) // 2))
@@ -94,7 +94,7 @@ def extremes(scores: Scores, plan: Plan | None, count: int = 8) -> list[tuple[st
 
 
 def indistinguishable(scores: Scores) -> str:
-    """How many neighbours in the rankings could be either way round; "" when the samples are not kept."""
+    """Say how many neighbours in the rankings are not distinguishable; "" when the samples are not kept."""
     if scores.samples is None:
         return ""
     parts = []

@@ -35,12 +35,12 @@ def write_token_report(path: str | os.PathLike, found: TokenComparison, *, title
 
 
 def picture_of(found: TokenComparison) -> Any:
-    """The picture and what each method keeps of it, a matplotlib Figure."""
+    """Draw the picture and what each method keeps of it."""
     return kept_squares(found.picture, found.squares, {name: trial.answer for name, trial in found.trials.items()})
 
 
 def cells(trial: Trial) -> list[str]:
-    """A trial in a table: answer, visual tokens, time, cache and, on a GPU, peak memory."""
+    """Format a trial for a table: answer, visual tokens, time, KV cache and, on a GPU, peak memory."""
     found = [trial.answer, f"{trial.share:.0%}", metric("latency_ms", 1000 * trial.seconds), si(trial.cache, "B")]
     return found + [si(trial.peak, "B")] * bool(trial.peak)
 

@@ -15,7 +15,7 @@ NAMES = {"params": "parameters", "nonzero": "not zero", "flops": "FLOPs", "laten
 
 
 def si(value: float, unit: str = "") -> str:
-    """12,345,678 -> "12.3 M"."""
+    """Format a number with an SI prefix: 12,345,678 -> "12.3 M"."""
     for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= factor:
             scaled = value / factor
@@ -24,7 +24,7 @@ def si(value: float, unit: str = "") -> str:
 
 
 def metric(name: str, value: Any) -> str:
-    """A measured number with its unit."""
+    """Format a measured number with its unit."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return NOTHING if value is None else str(value)
     if name in ("params", "nonzero", "flops"):
@@ -37,7 +37,7 @@ def metric(name: str, value: Any) -> str:
 
 
 def change(name: str, before: Any, after: Any) -> str:
-    """What became of a number: a difference for a quality, per cent for a size."""
+    """Format a change: a difference for a quality, per cent for a size."""
     if not all(isinstance(v, (int, float)) for v in (before, after)) or before == after:
         return ""
     if name in SIZES or name.endswith("_ms"):
@@ -50,7 +50,7 @@ def numbers_of(other: Any) -> dict[str, Any]:
 
 
 def method_name(result: Any) -> str:
-    """ "MoPE" of {"name": "mope", ...}."""
+    """Return the method's name as people write it: "MoPE" of {"name": "mope", ...}."""
     method = method_of(result)
     name = str(method.get("name") or "pruned")
     name = title(name)
@@ -62,7 +62,7 @@ def method_of(result: Any) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """ "0.4 s", "12 s", "3 min 20 s", "5 h 10 min"."""
+    """Format a duration: "0.4 s", "12 s", "3 min 20 s", "5 h 10 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 3600:
@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
 
 
 def cut_summary(plan: Plan) -> str:
-    """ "12 of 24 heads and 768 of 1,536 neurons", "60% of the weights of 72 matrices", "24% of the vision tokens"."""
+    """Summarise what a plan removes: "12 of 24 heads and 60% of the weights of 72 matrices"."""
     return listed(units_removed(plan) + zeroed(plan) + tokens_gone(plan)) or "nothing"
 
 
@@ -101,7 +101,7 @@ def zeroed(plan: Plan) -> list[str]:
 
 
 def tokens_gone(plan: Plan) -> list[str]:
-    """ "24% of the vision tokens", the mean over blocks; without the per cent where nobody measured it."""
+    """Summarise pruned tokens: "24% of the vision tokens", the mean over blocks; no per cent where not measured."""
     measured = shares_of_tokens(plan.method)
     shares = {tower: measured.get(tower, schedule.get("keep")) for tower, schedule in plan.tokens.items()}
     return [
@@ -111,13 +111,13 @@ def tokens_gone(plan: Plan) -> list[str]:
 
 
 def shares_of_tokens(method: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Tower -> share of its tokens that enters each block, when CoMP last measured it; empty for other methods."""
+    """Return tower -> share of its tokens that enters each block, as CoMP last measured it; empty for others."""
     history = method.get("history") or [{}]
     return {**history[-1], **method.get("reached", {})}.get("tokens", {})
 
 
 def _count(plan: Plan, kind: str) -> tuple[int, int]:
-    """(removed, all) units of a kind; those of removed layers count as removed."""
+    """Count (removed, all) units of a kind; those of removed layers count as removed."""
     removed = total = 0
     for tower, blocks in plan.shape.items():
         for layer, block in enumerate(blocks):
@@ -128,5 +128,5 @@ def _count(plan: Plan, kind: str) -> tuple[int, int]:
 
 
 def listed(parts: Sequence[str]) -> str:
-    """ "a, b and c"."""
+    """Join words: "a, b and c"."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

@@ -28,10 +28,25 @@ def plan_cost(
     steps: int = 1,
     batch_size: int = 32,
 ) -> dict:
-    """What a scoring job will cost, before it starts: an upper bound, since later steps score what is left.
+    """Estimate what a scoring job costs before it starts: an upper bound, since later steps score what is left.
 
-    Returns ``{"towers": {tower: {...}}, ...totals}`` with modules, block_runs (by replay), naive_block_runs, flops,
-    stream_bytes (the residual streams held), seconds (from timing one batch).
+    Parameters
+    ----------
+    model : nn.Module
+    data : Data
+    modules : sequence of str
+        Kinds that are scored: "head", "cross_head", "neurons", "layer".
+    towers : sequence of str, optional
+        All that the objective sees by default.
+    objective : str or Objective, optional
+    neurons_per_group, steps, batch_size : int
+        As `score` and the methods take them.
+
+    Returns
+    -------
+    dict
+        ``{"towers": {tower: {...}}, ...totals}`` with modules, block_runs (by replay), naive_block_runs, flops,
+        stream_bytes (of the residual streams held) and seconds (from timing one batch).
     """
     anatomy = describe(model)
     objective = objective_named(objective, anatomy)

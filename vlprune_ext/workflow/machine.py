@@ -14,7 +14,7 @@ from .._version import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Versions, what was compiled, what it runs on: plain data."""
+    """Return versions, what was compiled and what it runs on, as plain data."""
     content: dict[str, Any] = {
         "vlprune_ext": __version__,
         "torch": torch.__version__,
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

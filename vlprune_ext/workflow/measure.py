@@ -21,9 +21,23 @@ from ..tokens.session import tokens_are_pruned
 def evaluate(
     model: nn.Module, data: Data, objective: str | Objective | None = None, *, batch_size: int = 32
 ) -> dict[str, float]:
-    """The numbers an objective reports, for instance recall@1; None picks what suits the model.
+    """Return the numbers that an objective reports, for instance recall@1.
 
-    Tokens leave as the model's plan says.
+    Tokens are pruned as the model's plan says.
+
+    Parameters
+    ----------
+    model : nn.Module
+    data : Data
+    objective : str or Objective, optional
+        By default what suits the model.
+    batch_size : int
+        Samples run at once.
+
+    Raises
+    ------
+    ValueError
+        An objective that the model or the data does not fit.
     """
     anatomy = describe(model)
     objective = objective_named(objective, anatomy, "report")
@@ -38,9 +52,25 @@ def _as_planned(model: nn.Module) -> AbstractContextManager[object]:
 
 @torch.no_grad()
 def measure(model: nn.Module, data: Data, objective: str | Objective | None = None, *, repeats: int = 20) -> dict:
-    """Parameters, and how many are not zero; FLOPs (two per multiply-add) and latency (median, batch 1) of one sample.
+    """Count parameters and FLOPs, and time one sample.
 
-    The sample goes through all towers; tokens leave as the model's plan says.
+    The sample goes through all towers; tokens are pruned as the model's plan says.
+
+    Parameters
+    ----------
+    model : nn.Module
+    data : Data
+        Its first sample is used.
+    objective : str or Objective, optional
+        Says which towers run; by default what suits the model.
+    repeats : int
+        Timed runs.
+
+    Returns
+    -------
+    dict
+        ``params``; ``nonzero``, how many of them are not zero; ``flops``, two per multiply-add; ``latency_ms``, the
+        median at batch 1.
     """
     anatomy = describe(model)
     objective = objective_named(objective, anatomy, "report")

@@ -25,13 +25,22 @@ Method = Structured | ECoFLaP | CoMP  # what makes a plan
 
 @dataclass
 class Result:
-    """What `prune` did.
+    """Hold what `prune` did.
 
-    model          the model, pruned in place
-    plan           what went; `applied` in the record of `save_pruned` is after rounding
-    scores         the method's scores before anything went
-    before, after  what `evaluate` and `measure` say
-    method, data   the method's fields; name, split and hash of the calibration data
+    Parameters
+    ----------
+    model : nn.Module
+        The model, pruned in place.
+    plan : Plan
+        What was decided; the record that `save` writes has the plan after rounding.
+    scores : Scores or None
+        The method's scores of the dense model.
+    before, after : dict of str to number
+        What `evaluate` and `measure` report of the dense and of the pruned model.
+    method : dict
+        The method's name and fields.
+    data : dict
+        Name, split and hash of the calibration data, and its number of images.
     """
 
     model: nn.Module
@@ -65,12 +74,18 @@ class Result:
 
 @dataclass
 class Training:
-    """What a model is trained on, and how, while a method prunes it or after.
+    """Say what a model is trained on, and how, while a method prunes it or after.
 
-    data           what it is trained on
-    validation     what a method that prunes while training decides by, unless it has data of its own
-    steps, batch_size, learning_rate, seed   of the training
-    out            a folder for checkpoints, from which a run that was cut resumes
+    Parameters
+    ----------
+    data : Data
+        Training data.
+    validation : Data, optional
+        What a method that prunes while training decides by, unless it has data of its own.
+    steps, batch_size, learning_rate, seed
+        Of the training.
+    out : path, optional
+        A folder for checkpoints, from which an interrupted run resumes.
     """
 
     data: Data
@@ -92,11 +107,27 @@ def prune_weights(
     progress: Progress | None = None,
     **fields: Any,
 ) -> nn.Module:
-    """Zero the same share of every prunable matrix, in place; an `ECoFLaP` with a uniform coarse stage.
+    """Zero the same share of every prunable matrix, in place: an `ECoFLaP` with a uniform coarse stage.
 
-    criterion  "wanda", "magnitude", "ria" or "sparsegpt"
-    pattern    "unstructured" or "n:m", n zeros in every m
-    fields     of `ECoFLaP`: scope, towers, objective, batch_size, ...
+    Parameters
+    ----------
+    model : nn.Module
+        Pruned in place and returned.
+    data : Data
+        Calibration data.
+    sparsity : float
+        Share of each matrix that becomes zero, in [0, 1).
+    criterion : {"wanda", "magnitude", "ria", "sparsegpt"}
+    pattern : str
+        "unstructured", or "n:m" for n zeros in every m consecutive weights.
+    progress : callable, optional
+    **fields
+        Others of `ECoFLaP`: scope, towers, objective, batch_size, ...
+
+    Raises
+    ------
+    ValueError
+        What `ECoFLaP` and `apply` raise.
     """
     method = ECoFLaP(sparsity=sparsity, estimator="uniform", criterion=criterion, pattern=pattern, **fields)
     return apply(model, method.plan(model, data, progress=progress), data)
@@ -117,14 +148,37 @@ def prune(
 ) -> Result:
     """Plan, apply and measure: the model is pruned in place.
 
-    data        calibration data: what the method may look at
-    method      what decides; or a plan, which has decided already
-    evaluation  data for the numbers before and after; None measures size and speed only
-    metric      objective whose numbers those are; None: what suits the model
-    scores      of `ECoFLaP.score`, to measure once for several sparsities; only for a method that has it
-    before      the numbers before, where another `Result` of the same model and data has them; None measures
-    mode        "remove": heads, neurons and layers are physically gone; "mask": their weights are zeroed
-    round_to    MLP widths stay multiples of this
+    Parameters
+    ----------
+    model : nn.Module
+        Pruned in place.
+    data : Data
+        Calibration data: what the method may look at.
+    method : method or Plan
+        What decides; or a plan, which has decided already.
+    evaluation : Data, optional
+        Data for the numbers before and after; without, only size and speed are measured.
+    metric : str or Objective, optional
+        Objective of those numbers; by default what suits the model.
+    scores : Scores, optional
+        Of `ECoFLaP.score`, to measure once for several sparsities; only for a method that has it.
+    before : dict, optional
+        The dense model's numbers, where another `Result` of the same model and data has them.
+    mode : {"remove", "mask"}
+        "remove": heads, neurons and layers are physically removed; "mask": their weights are zeroed.
+    round_to : int
+        MLP widths stay multiples of this.
+    progress : callable, optional
+        Told (done, total, what).
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    ValueError
+        ``scores`` for a method that measures its own; what the method and `apply` raise.
     """
     if scores is not None and not isinstance(method, ECoFLaP):
         raise ValueError(f"scores: given, but {type(method).__name__} measures its own")
@@ -159,8 +213,20 @@ def prune_in_training(
 ) -> Result:
     """Train while ``method`` prunes, and measure: the model is pruned in place.
 
-    training                    what it is trained on, and what decides where the method has no validation data
-    evaluation, metric, before  as `prune` takes them
+    Parameters
+    ----------
+    model : nn.Module
+        Pruned in place.
+    training : Training
+        What it is trained on, and what decides where the method has no validation data.
+    method : CoMP
+    evaluation, metric, before, progress
+        As `prune` takes them.
+
+    Raises
+    ------
+    ValueError
+        No validation data; what `CoMP` raises.
     """
     from ..training.trainer import train  # transformers' Trainer is slow to import
 
@@ -207,8 +273,26 @@ def recover(
 ) -> Result:
     """Train the pruned model against the one it was pruned from, in place, and measure again.
 
-    train                     what it is trained on
-    data, evaluation, metric  those of `prune`
+    Parameters
+    ----------
+    result : Result
+        Of `prune`; its model is trained.
+    teacher : nn.Module
+        The dense model.
+    train : Data
+        Training data.
+    data : Data
+        Calibration data of `prune`.
+    steps : int
+    evaluation, metric, progress
+        As `prune` takes them.
+    seed : int
+        Of the training.
+
+    Returns
+    -------
+    Result
+        With the numbers after training.
     """
     from ..training.distillation import distill  # transformers' Trainer is slow to import
 

@@ -45,7 +45,7 @@ class Trial:
 
 
 def ask(processor: Any, image: Any, question: str, model: nn.Module) -> dict[str, Tensor]:
-    """What a processor makes of a picture and a question, in the words of its chat template if it has one."""
+    """Process a picture and a question, by the processor's chat template if it has one, into model inputs."""
     token = getattr(processor, "image_token", None)
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]

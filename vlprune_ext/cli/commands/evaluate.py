@@ -33,7 +33,7 @@ def evaluate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What the model can do, and its parameters, FLOPs and latency."""
+    """Measure the model by an objective, and its parameters, FLOPs and latency."""
     quiet()
     from ...report.words import NAMES, metric
     from ...workflow.measure import evaluate as evaluate_model

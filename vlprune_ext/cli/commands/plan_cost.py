@@ -44,7 +44,7 @@ def plan_cost(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What a scoring job will cost before it starts: block runs, FLOPs, memory, time."""
+    """Estimate what a scoring job costs before it starts: block runs, FLOPs, memory, time."""
     quiet()
     from ...report.words import duration, si
     from ...workflow.cost import plan_cost as cost_of_plan

@@ -53,7 +53,7 @@ def score(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """How much the objective drops without each module, with standard errors."""
+    """Score modules by ablation: how much the objective drops without each, with standard errors."""
     quiet()
     from ...report.figures.style import number
     from ...report.tables import extremes, indistinguishable

@@ -55,7 +55,7 @@ def trade_off(
     dense: tuple[str, float],
     series: Mapping[str, tuple[Sequence[tuple[float, float]], str]],
 ) -> None:
-    """A line for each method and a dashed one for the dense model (its name, its level); across: a share.
+    """Draw a line for each method and a dashed one for the dense model (its name, its level), over a share.
 
     series     name -> points (share, quality), and what the line is called where there is one point only
     """

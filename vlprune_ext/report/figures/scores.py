@@ -52,7 +52,7 @@ def endings(paths: Iterable[str]) -> dict[str, str]:
 
 
 def names(scores: Scores) -> list[str]:
-    """What the modules are called: "vision.3.head1", "text.0.q_proj"."""
+    """Name the modules: "vision.3.head1", "text.0.q_proj"."""
     paths = [place(parameter)[2] for parameter in scores.parameters]
     if not paths:
         return list(map(str, scores.modules))
@@ -87,7 +87,7 @@ def removed_shares(scores: Scores, plan: Plan | None) -> list[float]:
 
 @styled()
 def heat_map(scores: Scores, plan: Plan | None = None, *, kind: str = "head") -> Figure:
-    """Importance by layer (down) and head, group or matrix (across), a panel a tower; what ``plan`` removes is hatched.
+    """Draw importance by layer (down) and head, group or matrix (across), a panel a tower; removed ones hatched.
 
     Cells with room show value and standard error; elsewhere a dot marks what is within 1.96 standard errors of zero.
     """

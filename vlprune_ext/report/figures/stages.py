@@ -25,7 +25,7 @@ _WIDE = 5.0  # so many times the typical cost, and the scale of costs is logarit
 
 @styled()
 def progress(history: Sequence[Mapping[str, Any]], accuracy: str = "accuracy") -> Figure:
-    """FLOPs and accuracy, one above the other, before the first stage and after each; marked by its mode."""
+    """Draw FLOPs and accuracy, one above the other, before the first stage and after each; marked by its mode."""
     figure = new_figure("What every stage saved, and what it cost", 4)
     upper, lower = figure.subplots(2, sharex=True)
     looks = _looks(history)
@@ -44,7 +44,7 @@ def progress(history: Sequence[Mapping[str, Any]], accuracy: str = "accuracy") -
 
 @styled()
 def costs(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """The cost R of every mode when each stage was chosen; a filled mark on the one that was."""
+    """Draw the cost R of every mode when each stage was chosen; a filled mark on the one that was."""
     figure = new_figure("Cost R of every mode as each stage began", 3.4)
     axes = figure.subplots()
     looks, stages = _looks(history), np.arange(1, len(history) + 1)
@@ -72,7 +72,7 @@ def costs(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 @styled()
 def tokens_left(shares: Mapping[str, Sequence[float]]) -> Figure:
-    """The share of the tokens that enters each block: tower -> shares, a line a tower."""
+    """Draw the share of the tokens that enters each block: tower -> shares, a line a tower."""
     figure = new_figure("Tokens that enter each block", 2.6)
     axes = figure.subplots()
     for (tower, values), colour, marker in zip(shares.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
@@ -111,7 +111,7 @@ def _mark(
     values: Sequence[float],
     size: float,
 ) -> None:
-    """A mark for each stage, in the colour of its mode; a ring around those that were explored."""
+    """Draw a mark for each stage, in the colour of its mode; a ring around those that were explored."""
     for mode, (colour, marker) in looks.items():
         own = [place for place, entry in enumerate(history) if entry["mode"] == mode]
         look: dict[str, Any] = {"s": size, "color": colour, "marker": marker, "zorder": 3}

@@ -104,7 +104,7 @@ def write_cells(image: AxesImage, texts: Mapping[tuple[int, int], str]) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """A chart as an <svg> element: the same text on every run, no background, ids that no other chart has."""
+    """Return a chart as an <svg> element: deterministic, without background, with ids that no other chart has."""
     text = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with styled():

@@ -32,7 +32,7 @@ def quality_against_tokens(
 
 @styled()
 def kept_squares(picture: np.ndarray, kept: Mapping[str, np.ndarray], answers: Mapping[str, str]) -> Figure:
-    """A picture [H, W, 3] in 0..1, and over copies of it the squares [height, width] that each method keeps."""
+    """Draw a picture [H, W, 3] in 0..1, and over copies of it the squares [height, width] that each method keeps."""
     height, width = picture.shape[:2]
     panels = {"as it is": np.ones((1, 1), dtype=bool), **kept}
     columns = min(4, len(panels))
