@@ -27,6 +27,8 @@
 // L2, and for each 32 of k a tile moves 88 KB through shared memory (64 read, 24 written: 704 cycles at 128 bytes) for
 // 2.1 Mflop (512 cycles at Hopper's full tensor rate). Exact fp32 is bound by the FMA units (67 Tflop/s on an H200: 1.9
 // ms), whatever the tile; three products of bf16 are 384 Gflop at up to 989 Tflop/s.
+//
+// This file is one room although it is long: both ways to count share tiles, ranks and list, and are launched as one.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -304,7 +306,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSM)
     const int rows = place.rows(), columns = place.columns();
     const auto count_tile = [&](auto whole_tile) {
       constexpr bool kWhole = decltype(whole_tile)::value;  // else columns past M count for nothing
-      uint32_t undecided[Tile::kThreadRows / 2] = {};
+      [[maybe_unused]] uint32_t undecided[Tile::kThreadRows / 2] = {};  // of SplitTile
 #pragma unroll
       for (int r = 0; r < Tile::kThreadRows; ++r) {
         const int row = tile.row(r);

@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 from vlprune_ext.cli.app import app
 
 
-def run(*args: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+def run(*args: object, code: int = 0, width: int = 80):
+    """Run a command; its exit code has to be ``code``."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": str(width)}, terminal_width=width)
     assert result.exit_code == code, f"exit code {result.exit_code}: {result.stdout}{result.stderr}"
     return result
 

@@ -19,7 +19,9 @@ import vlprune_ext as vp
 from vlprune_ext.anatomy import FAMILIES
 from vlprune_ext.checkpoint.models import load_model
 from vlprune_ext.cli import demo
+from vlprune_ext.data.sources import SOURCES
 from vlprune_ext.methods import JOINT, METHODS, TOKENS, UNITS, WEIGHTS, ECoFLaP
+from vlprune_ext.objectives.named import OBJECTIVES
 from vlprune_ext.workflow import benchmarks as bench
 from vlprune_ext.workflow import measure as measuring
 
@@ -59,6 +61,21 @@ def test_help_has_an_example(command):
     assert f"vlprune {command}" in text
     assert "--json" in text
     assert "--debug" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("prune", [*METHODS, *OBJECTIVES, *SOURCES]),
+        ("score", [*OBJECTIVES, *SOURCES]),
+        ("evaluate", [*OBJECTIVES, *SOURCES]),
+        ("tokens", TOKENS),
+    ],
+)
+def test_help_names_all_that_there_is(command, names):
+    """As one word each, of a terminal wide enough not to break them."""
+    words = set(re.findall(r"[\w@-]+", run(command, "--help", width=400).stdout))
+    assert set(names) <= words
 
 
 def test_bare_command_shows_the_commands():
