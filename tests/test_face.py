@@ -10,13 +10,65 @@ import pytest
 import vlprune_ext as vp
 from vlprune_ext.methods import METHODS, REGISTRY, TOKENS
 
-OF_0_1_0 = """
-CoMP Contrastive Data DivPrune DropHead DropLayer DropNeurons ECoFLaP FastV GlobalMagnitude JointSequential
-JointSimultaneous LMLoss LookM Magnitude MoPE Module Objective PLPHP ParametersOnly PerturbWeight Plan Pruning
-PyramidDrop Random RandomTokens Replay Result Retrieval Scores SparseGPT Taylor ToMe TokensOnly VisionZip Wanda ZeroShot
-__version__ apply describe distill evaluate load_data load_pruned masked measure ops plan_cost prune prune_tokens
-prune_weights reference save_pruned score to_semi_structured train zoo
-""".split()
+OF_0_1_0 = [
+    "CoMP",
+    "Contrastive",
+    "Data",
+    "DivPrune",
+    "DropHead",
+    "DropLayer",
+    "DropNeurons",
+    "ECoFLaP",
+    "FastV",
+    "GlobalMagnitude",
+    "JointSequential",
+    "JointSimultaneous",
+    "LMLoss",
+    "LookM",
+    "Magnitude",
+    "MoPE",
+    "Module",
+    "Objective",
+    "PLPHP",
+    "ParametersOnly",
+    "PerturbWeight",
+    "Plan",
+    "Pruning",
+    "PyramidDrop",
+    "Random",
+    "RandomTokens",
+    "Replay",
+    "Result",
+    "Retrieval",
+    "Scores",
+    "SparseGPT",
+    "Taylor",
+    "ToMe",
+    "TokensOnly",
+    "VisionZip",
+    "Wanda",
+    "ZeroShot",
+    "__version__",
+    "apply",
+    "describe",
+    "distill",
+    "evaluate",
+    "load_data",
+    "load_pruned",
+    "masked",
+    "measure",
+    "ops",
+    "plan_cost",
+    "prune",
+    "prune_tokens",
+    "prune_weights",
+    "reference",
+    "save_pruned",
+    "score",
+    "to_semi_structured",
+    "train",
+    "zoo",
+]
 
 
 @pytest.mark.parametrize("name", sorted({*OF_0_1_0, *vp.__all__}))
