@@ -555,6 +555,35 @@ def test_malformed_config(folder):
         load_pruned(folder)
 
 
+@pytest.mark.parametrize("name", [name for name in tiny.EVERY if name not in tiny.NAMES])
+def test_every_family_comes_back_with_uneven_units(name, tmp_path):
+    """Also where a config has names of its own: OPT's ffn_dim, T5's num_heads, d_ff and d_kv."""
+    model = tiny.build(name)
+    apply(model, tiny.uneven_plan(model, 1), round_to=1)
+    values = tiny.inputs(name, model)
+    again = load_pruned(save_pruned(model, tmp_path / "out"))
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.outputs(name, again, values), tiny.outputs(name, model, values), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "tower", "key"), [("opt", "text", "ffn_dim"), ("t5", "encoder", "d_ff")])
+def test_even_widths_load_in_stock_transformers(name, tower, key, tmp_path):
+    model = tiny.build(name)
+    plan = Plan(describe(model).shape())
+    for each, blocks in plan.shape.items():
+        for layer in range(len(blocks)):
+            plan.add(each, "neurons", layer, [0, 3])
+    apply(model, plan, round_to=1)
+    out = save_pruned(model, tmp_path / "out")
+    assert content(out, "pruning.json")["loads_with"].startswith("transformers")
+    width = describe(model).tower(tower).blocks[0].sites["neurons"].units
+    assert content(out, "config.json")[key] == width
+    values = tiny.inputs(name, model)
+    stock = type(model).from_pretrained(out).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.outputs(name, stock, values), tiny.outputs(name, model, values), rtol=0, atol=0)
+
+
 # ---- folders of the version before, and of the command line ---------------------------------------------------------
 
 SAVED = Path(__file__).parent / "saved_by_0_1_0"  # by `vlprune prune`: uneven heads and neurons, scores, a comparison

@@ -38,25 +38,39 @@ def _sub_config(content: dict, where: str) -> dict:
     return content[where] if where else content
 
 
+# What families call their numbers: the first that a config has.
+_HEADS = ("num_attention_heads", "num_heads")
+_NEURONS = ("intermediate_size", "ffn_dim", "d_ff")
+_HEAD_DIM = ("head_dim", "d_kv")
+
+
+def _key(config: Any, names: tuple[str, ...]) -> str:
+    """Return the one of some names that a config itself has, not as an alias of another."""
+    own = config.to_dict()
+    return next((name for name in names if name in own), names[0])
+
+
 def _units(tower: Tower) -> list[dict[str, int]]:
     """Return the units of every block under the keys of a config."""
+    heads, neurons = _key(tower.config, _HEADS), _key(tower.config, _NEURONS)
     rows = []
     for block in tower.blocks:
         row = {}
         if "head" in block.sites:
             site = block.sites["head"]
-            row["num_attention_heads"] = site.out.in_features // _head_dim(site)
+            row[heads] = site.out.in_features // _head_dim(site)
             if hasattr(tower.config, "num_key_value_heads"):
                 row["num_key_value_heads"] = site.units
         if "neurons" in block.sites:
-            row["intermediate_size"] = block.sites["neurons"].units
+            row[neurons] = block.sites["neurons"].units
         rows.append(row)
     return rows
 
 
 def _head_dim(site: Site) -> int:
     owner: Any = site.block.get_submodule(site.paths.owner)
-    return getattr(owner, "head_dim", None) or owner.attention_head_size
+    names = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    return next(size for name in names if (size := getattr(owner, name, None)))
 
 
 def _describe_units(model_class: Any, content: dict, where: str, tower: Tower) -> None:
@@ -64,13 +78,13 @@ def _describe_units(model_class: Any, content: dict, where: str, tower: Tower) -
     config, rows = _sub_config(content, where), _units(tower)
     stated = {key: getattr(tower.config, key) for key in rows[0]}
     sites = [block.sites["head"] for block in tower.blocks if "head" in block.sites]
-    for keys in (("intermediate_size",), ("num_attention_heads", "num_key_value_heads")):
+    for keys in (_NEURONS, (*_HEADS, "num_key_value_heads")):
         mine = [{key: row[key] for key in keys if key in row} for row in rows]
         if all(row == {key: stated[key] for key in row} for row in mine):
             continue
-        neurons = keys[0] == "intermediate_size"
+        neurons = keys is _NEURONS
         if all(row == mine[0] for row in mine) and (neurons or all(site.paths.free_head_dim for site in sites)):
-            general = mine[0] if neurons else {**mine[0], "head_dim": _head_dim(sites[0])}
+            general = mine[0] if neurons else {**mine[0], _key(tower.config, _HEAD_DIM): _head_dim(sites[0])}
             trial = plain_config(content)
             _sub_config(trial, where).update(general)
             if _stock_config(model_class, trial) is not None:
