@@ -1,7 +1,7 @@
-"""Carry out a plan on a model: the one door through which a model changes.
+"""Apply a plan to a model: the only place where a model is changed.
 
-Whatever is removed, the outputs are those of the dense model with the same heads and neurons masked by zeros and the
-same layers passed by.
+Whatever is removed, the outputs are those of the dense model with the same heads and neurons masked to zero and the
+same layers bypassed.
 """
 
 from __future__ import annotations
@@ -25,21 +25,37 @@ MODES = ("remove", "mask")
 def apply(
     model: nn.Module, plan: Plan, data: object | None = None, *, mode: str = "remove", round_to: int = 8
 ) -> nn.Module:
-    """Change ``model`` in place as ``plan`` says, and return it.
-
-    plan      made for a model of this shape (`Plan.check`)
-    data      the calibration data the plan was made with; its name and hash are kept for the record
-    mode      "remove": heads, neurons and layers are physically gone: projections become narrower, blocks leave their
-              list. Modules stay the same objects, so hooks and references survive; their parameters are new, so build
-              an optimizer afterwards. "mask": the same outputs by zeroed weights; the model keeps its shape, loads
-              anywhere and is no faster.
-    round_to  with mode="remove", MLP widths are rounded up to a multiple of this (`round_plan`); 1 turns it off
+    """Prune ``model`` in place as ``plan`` says, and return it.
 
     A site that loses all its units keeps one of them, zeroed: attention kernels and KV caches do not run without heads.
-    ``model.vlprune`` records what was done: ``{"shape": the dense model's, "plans": [{"plan", "mode", "zeroed",
-    "data"}, ...]}``, one entry for each plan applied.
 
-    Raises ValueError, with the model untouched, if the plan does not fit or cannot be carried out.
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of one of the supported families.
+    plan : Plan
+        Made for a model of this shape (`Plan.check`).
+    data : Data, optional
+        The calibration data the plan was made with; its name and hash are recorded. Required by a plan with sparsities,
+        whose weights are selected on it.
+    mode : {"remove", "mask"}
+        "remove": heads, neurons and layers are removed physically: projections become narrower, blocks leave their
+        list. Modules stay the same objects, so hooks and references survive; their parameters are new, so build an
+        optimizer afterwards. "mask": the same outputs by zeroed weights; the model keeps its shape, loads anywhere and
+        is no faster.
+    round_to : int
+        With mode="remove", MLP widths are rounded up to a multiple of this (`round_plan`); 1 disables rounding.
+
+    Returns
+    -------
+    nn.Module
+        ``model``. Its attribute ``vlprune`` records what was done: ``{"shape": the dense model's, "plans": [{"plan",
+        "mode", "zeroed", "data"}, ...]}``, one entry for each plan applied.
+
+    Raises
+    ------
+    ValueError
+        The plan does not fit the model or cannot be carried out; the model is then unchanged.
     """
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r}, expected one of {', '.join(MODES)}")
@@ -60,9 +76,9 @@ def apply(
 
 
 def _prune_weights(anatomy: Anatomy, plan: Plan, data: object | None) -> None:
-    """Before anything is removed, since names and sparsities are those of the whole model."""
+    """Zero single weights, layer by layer, before units are removed: names and sparsities are the whole model's."""
     if not isinstance(data, Data):
-        raise ValueError("data: needed to carry out a plan with sparsities, which looks at what enters each matrix")
+        raise ValueError("data: needed to carry out a plan with sparsities, which depends on the inputs of each matrix")
     try:
         selection = Selection(**plan.selection)
     except TypeError as error:

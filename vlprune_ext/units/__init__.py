@@ -1,1 +1,1 @@
-"""Units that can be removed: heads, neurons, layers. Candidates, scores by ablation, removing and masking."""
+"""Removable units (heads, neurons, layers): candidates, ablation scores, physical removal and masking."""

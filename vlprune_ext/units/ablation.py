@@ -1,4 +1,4 @@
-"""`score`: how much an objective drops without each unit of a model, by replay."""
+"""`score`: the importance of each unit by ablation, the drop of an objective without it, computed by replay."""
 
 from __future__ import annotations
 
@@ -41,23 +41,58 @@ def score(
     stacked_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score modules by ablation: ``MoPE(t) = Z(f) - Z(f without t)`` (MoPE-CLIP, arXiv 2403.07839, eq. 1).
+    """Score modules by ablation: ``MoPE(t) = Z(f) - Z(f without t)``.
 
-    modules            kinds to score: "head", "cross_head", "neurons" (groups), "layer"
-    towers             names, None for all that the objective sees
-    objective          a name of `objectives.OBJECTIVES` or an Objective; Z, higher is better. None: "contrastive" for a
-                       model with two embeddings, "lm_loss" for one that predicts tokens
-    neurons_per_group  neurons that are removed together
-    rewire             sort neurons by importance before grouping them
-    groups             the groups themselves, instead of the two fields above
-    plan               what is already removed; scores are those of the model without it, which is not changed
-    exact              False stops early on modules whose side of the cut is decided; ``pools`` says where the cut is
-                       (a module counts as decided ``confidence`` standard errors away from it)
-    cost               "params" or "flops": what `Scores.cost` counts
-    stacked_rows       rows that run through the model's suffix at once; None measures what is fastest
+    The module-wise pruning error of MoPE-CLIP (arXiv 2403.07839, eq. 1). In fp32 every score equals the naive one
+    (change the model, run all of it) up to rounding. The model is not changed.
 
-    In fp32 every score equals the naive one (change the model, run all of it) up to rounding. The model is not changed.
-    Raises ValueError for unknown kinds, towers and objectives, and for data that the objective cannot use.
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of one of the supported families.
+    data : Data
+        Calibration data.
+    modules : sequence of str
+        Kinds to score: "head", "cross_head", "neurons" (groups), "layer".
+    towers : sequence of str, optional
+        Towers to score. None: all that the objective sees.
+    objective : str or Objective, optional
+        Z, higher is better: a name of `objectives.OBJECTIVES` or an Objective. None: "contrastive" for a dual encoder,
+        "lm_loss" for a model that predicts tokens.
+    neurons_per_group : int
+        Neurons that are ablated together.
+    rewire : bool
+        Sort neurons by importance before grouping them (`rewired_order`).
+    groups : Groups, optional
+        The neuron groups themselves (tower -> layer -> group -> neurons), in place of the two parameters above.
+    plan : Plan, optional
+        Units already removed: masked while scoring, so that scores are those of the pruned model.
+    exact : bool
+        True: score every module on all samples. False: early stopping; a module is dropped from the race once its side
+        of the cut is decided (`racing`).
+    cost : {"params", "flops"}
+        Unit of `Scores.cost`.
+    pools : callable, optional
+        ``(candidates, drops [M] float64) -> Pools``: the cut. Required with ``exact=False``.
+    confidence : float
+        Standard errors between a score and the cut at which the module counts as decided.
+    batch_size : int
+        Calibration rows run at once.
+    stacked_rows : int, optional
+        Rows stacked on the batch axis in the model's suffix. None: the fastest height, measured.
+    progress : Progress, optional
+        Called with (done, total, text).
+
+    Returns
+    -------
+    Scores
+        Mean drop, standard error, sample count and cost of each module.
+
+    Raises
+    ------
+    ValueError
+        Unknown kinds, towers, costs or objectives, a plan for another model, ``exact=False`` without ``pools``, nothing
+        left to score, or data that the objective cannot use or on which it is not finite.
     """
     kinds = check_kinds(modules)
     anatomy = describe(model)
@@ -107,7 +142,7 @@ def score(
 
 @dataclass
 class _Judge:
-    """Turns interventions into per-sample drops of the objective."""
+    """Evaluate the objective under interventions, sample by sample."""
 
     anatomy: Anatomy
     objective: Objective
@@ -118,18 +153,21 @@ class _Judge:
     block_runs: int = 0
 
     def _gone(self, tower: str) -> Sequence[int]:
+        """Return the layers of a tower that the plan removes."""
         return self.plan.layers.get(tower, ()) if self.plan else ()
 
     def _other(self, tower: str, data: Data) -> Tensor | None:
+        """Return what `Objective.values` needs of the towers that do not change."""
         return self.objective.other(self.anatomy, tower, data, self.batch_size)
 
     def _values(
         self, tower: str, outputs: Tensor, other: Tensor | None, data: Data, part: Part | None = None
     ) -> Tensor:
-        """[S] float32, on the CPU."""
+        """Return the objective of each sample, [S] float32, on the CPU."""
         return self.objective.values(self.anatomy, tower, outputs, other, data, part).float().cpu()
 
     def _walk(self, tower: str, interventions: list[Intervention], data: Data):
+        """Yield (positions, outputs) of a tower's replay under the interventions, then (None, dense outputs)."""
         replay = Replay(
             self.anatomy,
             tower,
@@ -145,11 +183,11 @@ class _Judge:
 
     @torch.no_grad()
     def all_samples(self, found: list[Candidate], data: Data) -> tuple[Tensor, float]:
-        """([M, S] drops of every sample, the dense objective)."""
+        """Return the drop of every sample without each module, [M, S] float32, and the dense objective."""
         drops: dict[int, Tensor] = {}
         dense_value = math.nan
         for tower, positions in _by_tower(found).items():
-            left: dict[int, Tensor] = {}  # the objective without each module
+            left: dict[int, Tensor] = {}  # the objective under each ablation
             other = self._other(tower, data)
             for ids, outputs in self._walk(tower, [found[i].intervention for i in positions], data):
                 if ids is not None:
@@ -166,10 +204,10 @@ class _Judge:
     def race(
         self, found: list[Candidate], data: Data, pools: Callable[[list[Candidate], Tensor], Pools], confidence: float
     ) -> tuple[Race, float]:
-        """More and more samples for fewer and fewer modules; (the race at its end, the dense objective).
+        """Score fewer and fewer modules on more and more samples; return the finished race and the dense objective.
 
-        Where the objective has a gradient, first-order estimates of all drops say which samples matter, and steady the
-        means of few (`racing`).
+        Where the objective is differentiable, first-order estimates of all drops give the sampling probabilities and
+        serve as control variate of the means (`racing`).
         """
         objective, towers = self.objective, _by_tower(found)
         others = {tower: self._other(tower, data) for tower in towers}
@@ -189,13 +227,13 @@ class _Judge:
             for tower, positions in towers.items():
                 size[tower] = torch.zeros_like(size[tower]).index_add(0, image, sizes(control[positions])[sample])
         order = {tower: draw(size[tower], seed) for seed, tower in enumerate(towers)}
-        kept: dict[int, Tensor] = {}  # outputs so far, under each intervention
-        dense: dict[str, Tensor] = {}  # and under none
+        kept: dict[int, Tensor] = {}  # outputs so far under each intervention
+        dense: dict[str, Tensor] = {}  # and of the dense model
         start = 0
         for stop in rounds(data.n_images):
             for tower, positions in towers.items():
                 racing = [i for i in positions if i in race.undecided]
-                # Rows that serve all samples, such as class prompts, cannot be sampled: their modules are judged once.
+                # Rows that serve all samples, such as class prompts, cannot be sampled: their modules are scored once.
                 sampled = objective.sample_of_row(tower, data) is not None
                 if not racing or (start and not sampled):
                     continue
@@ -229,7 +267,7 @@ class _Judge:
     def _first_order(
         self, found: list[Candidate], data: Data, others: dict[str, Tensor | None], samples: int
     ) -> tuple[Tensor | None, float]:
-        """([M, S] what the slopes in the modules' gates say of the drops, the dense objective); or (None, NaN)."""
+        """Return first-order estimates of the drops [M, S] and the dense objective; (None, NaN) without gradients."""
         if not self.objective.differentiable:
             return None, math.nan
         estimate, dense_value = torch.zeros(len(found), samples), math.nan
@@ -243,22 +281,24 @@ class _Judge:
             dense_value = dense.double().mean().item()
             for i in positions:
                 estimate[i].index_add_(0, owner, slope_of(slopes, found[i].intervention).float())
-            # Two runs forward, and one back that computes no gradients of weights.
+            # Two forward passes, and a backward pass without gradients of weights.
             self.block_runs += 3 * len(owner) * (len(self.anatomy.tower(tower)) - len(gone))
         return estimate.double(), dense_value
 
 
 def _standard_error(drops: Tensor) -> Tensor:
-    """[M, S] -> [M]; infinite for a single sample."""
+    """Return the standard error of each module's mean drop, [M], from drops [M, S]; infinite for a single sample."""
     samples = drops.shape[1]
     return drops.std(1) / math.sqrt(samples) if samples > 1 else torch.full((len(drops),), math.inf)
 
 
 def _extended(before: Tensor | None, rows: Tensor) -> Tensor:
+    """Append rows to those of earlier rounds."""
     return rows if before is None else torch.cat([before, rows])
 
 
 def _by_tower(found: list[Candidate]) -> dict[str, list[int]]:
+    """Group the positions of candidates by tower."""
     towers: dict[str, list[int]] = {}
     for i, candidate in enumerate(found):
         towers.setdefault(candidate.module.tower, []).append(i)
@@ -266,7 +306,7 @@ def _by_tower(found: list[Candidate]) -> dict[str, list[int]]:
 
 
 def _check_finite(values: Tensor, data: Data, samples: Tensor | None = None) -> None:
-    """samples  which ones these are, where they are not all in order"""
+    """Raise ValueError naming the first sample whose value is not finite, of all samples or those at ``samples``."""
     bad = (~values.isfinite()).nonzero().flatten()
     if len(bad):
         sample = int(bad[0] if samples is None else samples[bad[0]])

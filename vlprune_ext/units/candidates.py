@@ -1,4 +1,4 @@
-"""The units that can be removed, and what each costs."""
+"""Candidates for removal: the modules that are left in a model, and what each costs in parameters or FLOPs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ Groups = dict[str, dict[int, list[list[int]]]]  # tower -> layer -> group -> neu
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that could go: its name, the intervention that takes it out, its parameters or FLOPs."""
+    """A module that can be removed.
+
+    Parameters
+    ----------
+    module : Module
+        Its name: tower, kind, layer, index.
+    intervention : Removal
+        The intervention that ablates it.
+    cost : int
+        Its parameters, or its FLOPs for one row.
+    """
 
     module: Module
     intervention: Removal
@@ -31,7 +41,24 @@ COSTS = ("params", "flops")
 
 
 def tokens_of(anatomy: Anatomy, towers: Sequence[str], data: Data, objective: Objective) -> dict[str, int]:
-    """How many tokens a row of each tower has, from one row of the data."""
+    """Count the tokens of one row in each tower, by running one row of the data.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    towers : sequence of str
+        Towers to run.
+    data : Data
+        Any data that the objective can use.
+    objective : Objective
+        Decides what each tower is fed.
+
+    Returns
+    -------
+    dict of str to int
+        Tower -> sequence length of the first block's output.
+    """
     tokens: dict[str, int] = {}
     for tower in towers:
         block = anatomy.tower(tower).blocks[0].module
@@ -42,14 +69,17 @@ def tokens_of(anatomy: Anatomy, towers: Sequence[str], data: Data, objective: Ob
 
 
 def _unit_cost(kind: str, site: Site, tokens: int | None) -> int:
-    """Parameters of one unit; or FLOPs a row: two a parameter and token, and a head's products with keys and values."""
+    """Return the parameters of one unit; with ``tokens``, its FLOPs for one row of so many tokens.
+
+    FLOPs are two for each parameter and token; a head adds its products with keys and values.
+    """
     if tokens is None:
         return site.unit_params
     return 2 * site.unit_params * tokens + (4 * site.width * tokens**2 if kind == "head" else 0)
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Raises ValueError for an unknown kind of module."""
+    """Raise ValueError unless ``kinds`` holds known kinds of modules, at least one; return them as a tuple."""
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"modules: {kind!r}, expected some of {', '.join(KINDS)}")
@@ -61,9 +91,29 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
 def neuron_groups(
     anatomy: Anatomy, towers: Sequence[str], neurons_per_group: int, order: dict[str, list[Tensor]] | None = None
 ) -> Groups:
-    """Consecutive groups of neurons in every MLP; the last of a layer may be smaller.
+    """Split the neurons of every MLP into consecutive groups; the last group of a layer may be smaller.
 
-    order  tower -> layer -> [I] neurons in the order to group them by (`rewired_order`); None for their own order
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    towers : sequence of str
+        Towers whose MLPs are split.
+    neurons_per_group : int
+        Neurons of a group.
+    order : dict, optional
+        Tower -> layer -> Tensor [I] int64, the neurons in the order in which they are grouped (`rewired_order`). None:
+        by index.
+
+    Returns
+    -------
+    Groups
+        Tower -> layer -> group -> neurons.
+
+    Raises
+    ------
+    ValueError
+        ``neurons_per_group`` is less than 1.
     """
     if neurons_per_group < 1:
         raise ValueError(f"neurons_per_group: {neurons_per_group}, expected at least 1")
@@ -81,9 +131,27 @@ def neuron_groups(
 def rewired_order(
     anatomy: Anatomy, towers: Sequence[str], data: Data, objective: Objective, batch_size: int
 ) -> dict[str, list[Tensor]]:
-    """Neurons of every MLP from most to least important, so that groups hold neurons of like importance.
+    """Rank the neurons of every MLP from most to least important, so that groups hold neurons of like importance.
 
     The rewiring of DynaBERT (arXiv 2004.04037), by a proxy that needs no gradient: ||w_out|| * rms(activation).
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    towers : sequence of str
+        Towers whose MLPs are ranked.
+    data : Data
+        Calibration data.
+    objective : Objective
+        Decides what each tower is fed.
+    batch_size : int
+        Rows run at once.
+
+    Returns
+    -------
+    dict of str to list of Tensor
+        Tower -> layer -> neurons [I] int64, on the CPU.
     """
     order: dict[str, list[Tensor]] = {}
     for tower in towers:
@@ -115,9 +183,27 @@ def candidates(
     plan: Plan | None = None,
     tokens: dict[str, int] | None = None,
 ) -> list[Candidate]:
-    """Every module of the given towers and kinds that ``plan`` has not removed yet.
+    """List every module of these towers and kinds that ``plan`` has not removed.
 
-    tokens  what `tokens_of` gives, to have costs in FLOPs; None: in parameters
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    towers : sequence of str
+        Towers to list.
+    kinds : sequence of str
+        Kinds to list, of `anatomy.KINDS`.
+    groups : Groups
+        Neuron groups of each layer (`neuron_groups`).
+    plan : Plan, optional
+        Units already removed.
+    tokens : dict of str to int, optional
+        Tokens of a row of each tower (`tokens_of`), for costs in FLOPs. None: costs in parameters.
+
+    Returns
+    -------
+    list of Candidate
+        Tower by tower, layer by layer, kind by kind.
     """
     found = []
     for name in towers:

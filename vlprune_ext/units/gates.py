@@ -1,4 +1,4 @@
-"""The slope of an objective in a gate on every head and neuron: the first-order estimate of what dropping it costs."""
+"""Gradient of an objective in a gate on every head and neuron: the first-order (Taylor) estimate of its ablation."""
 
 from __future__ import annotations
 
@@ -25,14 +25,35 @@ def gate_slopes(
     batch_size: int,
     skip_layers: Sequence[int] = (),
 ) -> tuple[Slopes, Tensor]:
-    """(d (sum of the objective over all samples) / d gate, for one gate per row and unit, at one; the values [S]).
+    """Differentiate the objective in one gate for each row and unit, at gate value 1.
 
-    A gate multiplies its unit's slice of the output projection's input (Michel et al., arXiv 1905.10650, eq. 3). The
-    objective may tie all rows together, so it is differentiated first, with respect to the rows' outputs; the graph of
-    the model is then held for one batch at a time. Parameters are left as they are.
+    A gate multiplies its unit's slice of the output projection's input (Michel et al., arXiv 1905.10650, eq. 3). An
+    objective may couple all rows, so it is differentiated first, with respect to the rows' outputs; the model's graph
+    is then held for one batch at a time. No parameter is changed or gets a gradient.
 
-    other        what ``objective.other`` gives for this tower
-    skip_layers  blocks that the model bypasses
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    objective : Objective
+        A differentiable one.
+    tower : str
+        The tower whose units get gates.
+    data : Data
+        Calibration data.
+    other : Tensor or None
+        What ``objective.other`` returns for this tower.
+    batch_size : int
+        Rows run at once.
+    skip_layers : sequence of int
+        Blocks that the model bypasses; they get no gates.
+
+    Returns
+    -------
+    slopes : dict of (int, str) to Tensor [rows, units]
+        (layer, kind of site) -> d (sum of the objective over all samples) / d gate, on the CPU.
+    values : Tensor [S]
+        The objective of each sample, on the CPU.
     """
     batches = objective.batches(anatomy, tower, data, batch_size)
     with torch.no_grad():
@@ -56,14 +77,31 @@ def gate_slopes(
 
 
 def slope_of(slopes: Slopes, drop: Removal) -> Tensor:
-    """[rows]: the slope in a gate on all that an intervention drops."""
+    """Sum the gate slopes of all units that an intervention removes.
+
+    Parameters
+    ----------
+    slopes : dict of (int, str) to Tensor [rows, units]
+        From `gate_slopes`.
+    drop : Removal
+        Heads, neurons or a layer of the same tower.
+
+    Returns
+    -------
+    Tensor [rows]
+        The slope in one gate on all of them.
+    """
     if isinstance(drop, DropLayer):
         return torch.stack([s.sum(-1) for (layer, _), s in slopes.items() if layer == drop.layer]).sum(0)
     return slopes[drop.layer, drop.kind][:, list(drop.units)].sum(-1)
 
 
 def _gate(patches: Patches, layer: int, block: Block, gates: dict[tuple[int, str], Tensor]) -> None:
+    """Register gates of ones [B, units], which require gradients, on every site of a block; add them to ``gates``."""
+
     def hook(site: Site):
+        """Return a pre-hook that multiplies a site's units by their gates."""
+
         def multiply(_, args):
             x = args[0]
             gate = torch.ones(x.shape[0], site.units, dtype=x.dtype, device=x.device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Mask units and layers in a running model, without writing a weight."""
+"""Mask units and layers of a model with hooks, without writing a weight."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from .sites import changed_sites, check_layers, columns_of, layer_numbers
 
 
 def _pass_by(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+    """Return the residual stream unchanged, in place of a block's forward."""
     return hidden_states
 
 
 def _zero_columns(columns: Tensor):
+    """Return a pre-hook that zeroes these columns of a projection's input."""
+
     def hook(_: nn.Module, args: tuple) -> tuple:
         x = args[0]
         return (x.index_fill(-1, columns.to(x.device), 0), *args[1:])
@@ -27,12 +30,28 @@ def _zero_columns(columns: Tensor):
 
 @contextmanager
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
-    """Let ``model`` behave as if ``plan`` were applied, without writing a weight.
+    """Mask, with hooks on ``model``, everything that ``plan`` removes, while the context lasts.
 
-    Removed heads and neurons enter their output projection as zeros; removed blocks hand on what they get, and those
-    that stay take their places in a KV cache. Everything is back when the context ends, also by an exception.
+    The inputs of the output projections are zeroed at removed heads and neurons; removed blocks are bypassed, and the
+    others are renumbered, so that KV cache entries are consecutive. No weight is written; all hooks come off on exit,
+    also after an exception.
 
-    Raises ValueError if the plan does not fit the model.
+    Parameters
+    ----------
+    model : nn.Module
+        The model the plan was made for.
+    plan : Plan
+        Heads, neurons and layers to mask; its sparsities and tokens have no effect here.
+
+    Yields
+    ------
+    nn.Module
+        ``model``.
+
+    Raises
+    ------
+    ValueError
+        The plan does not fit the model, or a layer cannot be bypassed.
     """
     anatomy = describe(model)
     plan.check(anatomy)

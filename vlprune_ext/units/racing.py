@@ -1,16 +1,15 @@
-"""Early stopping: which modules still need more samples to know on which side of a cut they are.
+"""Early stopping of ablation scores: a race in which modules far from the cut need no more samples.
 
-A race estimates the mean drop over all S samples from n of them, in three steps known from survey sampling (Särndal,
-Swensson and Wretman, "Model Assisted Survey Sampling", 1992, sections 3.6 and 6.3). t is a first-order estimate of
-every sample's drop v, where there is one:
+A race estimates the mean drop over all S samples from n of them, by three techniques of survey sampling (Särndal,
+Swensson and Wretman, "Model Assisted Survey Sampling", 1992, sections 3.6 and 6.3). v is a sample's drop, t its
+first-order estimate, where there is one:
 
-1. Samples that matter are drawn first: with probability p in proportion to the size of t. They come in the order of
-   u / size for uniform u (sequential Poisson sampling; Ohlsson 1998), so that more samples contain fewer.
-2. Each stands for 1 / p of its kind.
-3. What t already says need not be sampled: mean(v) ~ sum over n of (v - b t) / (p S) + b mean(t), where b is the slope
-   of v on t.
+1. Sampling with probability p proportional to size, the size of t: samples come in the order of u / size for uniform u
+   (sequential Poisson sampling; Ohlsson 1998), so that a larger sample contains the smaller ones.
+2. Inverse-probability weights: each sample counts 1 / p times.
+3. t as a control variate: mean(v) ~ sum over n of (v - b t) / (p S) + b mean(t), where b is the slope of v on t.
 
-Drawn without replacement, the error is zero when n reaches S.
+Sampling is without replacement: the error is zero when n reaches S.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The cut a removal makes: [(positions that compete, how many of them go), ...]
+# The cut of a removal: [(positions that compete, how many of them are removed), ...]
 Pools = list[tuple[list[int], int]]
 
 
 def rounds(total: int) -> list[int]:
-    """Sample counts after each round: from a sixteenth (at least 16) of ``total``, growing by a factor of sqrt(2)."""
+    """Return the sample count after each round: from ``total`` / 16 (at least 16), growing by a factor of sqrt(2)."""
     stop = max(16.0, total / 16)
     stops = []
     while math.ceil(stop) < total:
@@ -37,9 +36,20 @@ def rounds(total: int) -> list[int]:
 
 
 def sizes(control: Tensor) -> Tensor:
-    """[M, S] first-order drops -> [S]: how much a sample matters, their root mean square over modules of equal weight.
+    """Return the size measure of each sample: the root mean square over modules of its normalised first-order drops.
 
-    A twentieth of the mean is added: samples that seem not to matter are to be drawn too.
+    Every module has the same weight. A twentieth of the mean is added, so that samples of small estimates are drawn
+    too.
+
+    Parameters
+    ----------
+    control : Tensor [M, S], float64
+        First-order estimates of the drops.
+
+    Returns
+    -------
+    Tensor [S], float64
+        All ones if every estimate is zero.
     """
     scale = control.square().mean(1, keepdim=True).sqrt()
     size = torch.where(scale > 0, control / scale, torch.zeros_like(control)).square().mean(0).sqrt()
@@ -48,13 +58,39 @@ def sizes(control: Tensor) -> Tensor:
 
 
 def draw(size: Tensor, seed: int = 0) -> Tensor:
-    """[S] -> [S] int64: an order whose first n are a sample without replacement, with `chances` (size, n)."""
+    """Draw an order of the samples whose first n are a sample without replacement, of probabilities `chances`.
+
+    Parameters
+    ----------
+    size : Tensor [S]
+        Size measure of each sample, above 0.
+    seed : int
+        Seed of the draw.
+
+    Returns
+    -------
+    Tensor [S], int64
+        Sample indices in the order of the draw.
+    """
     uniform = torch.rand(len(size), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return torch.argsort(uniform / size, stable=True)
 
 
 def chances(size: Tensor, n: int) -> Tensor:
-    """[S] float64: the probability of being among the first n, in proportion to size, at most 1; they add up to n."""
+    """Return each sample's inclusion probability: proportional to size, at most 1, summing to n.
+
+    Parameters
+    ----------
+    size : Tensor [S]
+        Size measure of each sample, above 0.
+    n : int
+        Sample size.
+
+    Returns
+    -------
+    Tensor [S], float64
+        The probability of being among the first n of `draw`.
+    """
     size = size.double()
     if n >= len(size):
         return torch.ones_like(size)
@@ -69,13 +105,31 @@ def chances(size: Tensor, n: int) -> Tensor:
 
 @dataclass
 class Race:
-    """The state of a race among M modules over S samples.
+    """State of a race among M modules over S samples.
 
-    drops    [M, S] float64           drop of each sample without each module; NaN where not judged
-    chance   [M, S] float64           the probability with which a judged sample was drawn
-    control  [M, S] float64 or None   first-order estimates of the drops
-    strata   M labels                 modules of one label share a slope
-    cost     [M] float64              modules compete by drop per cost
+    Parameters
+    ----------
+    drops : Tensor [M, S], float64
+        Drop of each sample without each module; NaN where not evaluated yet.
+    chance : Tensor [M, S], float64
+        Inclusion probability of each evaluated sample.
+    control : Tensor [M, S], float64, or None
+        First-order estimates of the drops, the control variate.
+    strata : sequence of M labels
+        Modules of one label share the slope of the control variate.
+    cost : Tensor [M], float64
+        Modules compete by drop per cost.
+    confidence : float
+        Standard errors from the cut at which a module is decided.
+
+    Attributes
+    ----------
+    undecided : set of int
+        Modules that need more samples.
+    mean : Tensor [M], float64
+        Estimated mean drop over all S samples.
+    noise : Tensor [M], float64
+        Standard error of `mean` as an estimate of the mean over all S samples.
     """
 
     drops: Tensor
@@ -91,7 +145,7 @@ class Race:
         self.noise = torch.full_like(self.mean, math.inf)  # of `mean`, as an estimate of the mean over all S samples
 
     def estimate(self) -> None:
-        """Bring `mean` and `noise` of the undecided up to date with `drops`."""
+        """Update `mean` and `noise` of the undecided modules from `drops`."""
         by_stratum: dict[Hashable, list[int]] = {}
         for i in self.undecided:
             by_stratum.setdefault(self.strata[i], []).append(i)
@@ -112,11 +166,12 @@ class Race:
                     self.noise[i] = spread.sqrt() / total
 
     def _seen(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a module's evaluated drops, their inclusion probabilities, and which samples they are, [S] bool."""
         seen = ~self.drops[i].isnan()
         return self.drops[i, seen], self.chance[i, seen], seen
 
     def _slope(self, members: list[int]) -> float:
-        """The median over modules of the slope of drops on controls."""
+        """Return the median over modules of the regression slope of drops on controls."""
         if self.control is None:
             return 0.0
         slopes = []
@@ -130,9 +185,14 @@ class Race:
         return float(torch.tensor(slopes, dtype=torch.float64).median())
 
     def decide(self, pools: Pools) -> None:
-        """Take out of `undecided` what is further than ``confidence`` standard errors from the cut of its pool.
+        """Remove from `undecided` the modules more than ``confidence`` standard errors away from the cut of their pool.
 
-        The cut lies halfway between the last module that goes and the first that stays.
+        The cut lies halfway between the last module that is removed and the first that is kept.
+
+        Parameters
+        ----------
+        pools : list of (list of int, int)
+            Positions that compete, and how many of them are removed.
         """
         importance = self.mean / self.cost
         for members, budget in pools:
@@ -146,7 +206,13 @@ class Race:
                     self.undecided.discard(i)
 
     def error(self) -> Tensor:
-        """[M] standard error of `mean` as an estimate for samples beyond these S: its noise, and that of S samples."""
+        """Return the standard error of `mean` as an estimate beyond these S samples.
+
+        Returns
+        -------
+        Tensor [M], float64
+            `noise` and the sampling error of the S samples together; infinite with fewer than two evaluated samples.
+        """
         errors = torch.full_like(self.mean, math.inf)
         for i in range(len(errors)):
             drop, chance, seen = self._seen(i)

@@ -1,4 +1,4 @@
-"""Which sites a plan changes, and whether they can be changed."""
+"""Sites that a plan changes, and whether their modules can be changed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,24 @@ from ..anatomy import KINDS, Anatomy, Site, Tower
 from ..plan import Plan
 
 _SITE_KINDS = KINDS[:-1]
-LAYER_NUMBERS = ("layer_idx", "layer_num")  # by these a block finds its entry in a KV cache
+LAYER_NUMBERS = ("layer_idx", "layer_num")  # by these a block indexes the KV cache
 
 
 def changed_sites(anatomy: Anatomy, plan: Plan) -> Iterator[tuple[Tower, int, Site, list[int]]]:
-    """The sites that lose units, outside the layers that go as a whole."""
+    """Yield the sites that lose units, outside the layers that are removed as a whole.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    plan : Plan
+        Units and layers to remove.
+
+    Yields
+    ------
+    tuple of (Tower, int, Site, list of int)
+        Tower, layer, site and the removed units, ascending.
+    """
     for name, tower in anatomy.towers.items():
         gone = set(plan.layers.get(name, []))
         for layer, block in enumerate(tower.blocks):
@@ -29,7 +42,22 @@ def changed_sites(anatomy: Anatomy, plan: Plan) -> Iterator[tuple[Tower, int, Si
 
 
 def check_changeable(anatomy: Anatomy, plan: Plan, mode: str) -> None:
-    """Raise ValueError unless everything that will be written can be."""
+    """Raise ValueError unless every projection and layer that ``plan`` changes can be changed.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    plan : Plan
+        Units and layers to remove.
+    mode : {"remove", "mask"}
+        As in `apply`; "mask" needs blocks that normalise before they add to the residual stream.
+
+    Raises
+    ------
+    ValueError
+        A projection is no plain Linear or on the meta device, or a layer cannot be removed or zeroed.
+    """
     for tower, layer, site, _ in changed_sites(anatomy, plan):
         _check_site(site, f"{site.kind} of {tower.name}.{layer}")
     if mode == "remove":
@@ -48,7 +76,15 @@ def check_changeable(anatomy: Anatomy, plan: Plan, mode: str) -> None:
 
 
 def check_layers(anatomy: Anatomy, plan: Plan) -> None:
-    """Raise ValueError unless every layer that goes can be taken out of its list."""
+    """Raise ValueError unless every layer that ``plan`` removes can be taken out of its tower.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    plan : Plan
+        Layers to remove.
+    """
     for name, layers in plan.layers.items():
         for layer in layers:
             reason = anatomy.towers[name].blocks[layer].fixed
@@ -59,6 +95,7 @@ def check_layers(anatomy: Anatomy, plan: Plan) -> None:
 
 
 def _check_site(site: Site, where: str) -> None:
+    """Raise ValueError unless the site's projections are plain Linear modules with weights in memory."""
     for linear in (site.out, *site.inputs):
         weight: Any = getattr(linear, "weight", None)
         if not isinstance(linear, nn.Linear) or weight.shape != (linear.out_features, linear.in_features):
@@ -68,12 +105,26 @@ def _check_site(site: Site, where: str) -> None:
 
 
 def columns_of(site: Site, units: Sequence[int]) -> Tensor:
-    """Columns [len(units) * width] of the output projection that belong to these units."""
+    """Return the columns of the output projection that belong to these units.
+
+    Parameters
+    ----------
+    site : Site
+        Units of ``site.width`` columns each.
+    units : sequence of int
+        Heads or neurons.
+
+    Returns
+    -------
+    Tensor [len(units) * width], int64
+        Column indices, unit by unit.
+    """
     first = torch.tensor(units, dtype=torch.long)[:, None] * site.width
     return (first + torch.arange(site.width)).flatten()
 
 
 def layer_numbers(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules of a block that store its layer index, each with the attribute that holds it."""
     for module in block.modules():
         for attribute in LAYER_NUMBERS:
             if isinstance(module.__dict__.get(attribute), int):

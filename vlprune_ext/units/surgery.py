@@ -1,4 +1,4 @@
-"""Take units and layers out of a model, or zero their weights."""
+"""Remove units and layers from a model physically, or zero their weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,33 @@ from .sites import changed_sites, columns_of, layer_numbers
 
 
 def _entry(tower: Tower, kind: str, layer: int, units: Sequence[int] = ()) -> dict:
+    """Return one entry of the record of zeroed units."""
     return {"tower": tower.name, "kind": kind, "layer": layer, "units": list(units)}
 
 
 @torch.no_grad()
 def _zero_units(site: Site, units: Sequence[int]) -> None:
+    """Zero the output projection's columns of these units, in place."""
     weight = site.out.weight
     weight[:, columns_of(site, units).to(weight.device)] = 0
 
 
 @torch.no_grad()
 def zero_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
-    """Zero what the plan removes; returns what that was."""
+    """Zero the output projections of everything that ``plan`` removes, in place.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    plan : Plan
+        Units, whose columns are zeroed, and layers, all of whose output projections are, with their biases.
+
+    Returns
+    -------
+    list of dict
+        One entry {"tower", "kind", "layer", "units"} for each site or layer zeroed.
+    """
     zeroed = []
     for tower, layer, site, units in changed_sites(anatomy, plan):
         _zero_units(site, units)
@@ -43,7 +58,7 @@ def zero_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
 
 
 def _blip_attention(self: Any, hidden_states: Tensor, **_: object) -> tuple[Tensor, Tensor]:
-    """BLIP's vision attention with a head_dim of its own; the original divides the stream's width by the heads."""
+    """Compute BLIP's vision attention with a head_dim of its own; the original derives it from the number of heads."""
     batch, length, _width = hidden_states.shape
     q, k, v = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
     probabilities = self.dropout((q @ k.transpose(-1, -2) * self.scale).softmax(dim=-1))  # [B, H, T, T]
@@ -51,11 +66,12 @@ def _blip_attention(self: Any, hidden_states: Tensor, **_: object) -> tuple[Tens
     return self.projection(context), probabilities
 
 
-# Attention classes whose own forward cannot run with fewer heads -> one that can.
+# Attention class whose own forward cannot run with fewer heads -> a forward that can.
 _FORWARDS = {"BlipAttention": _blip_attention}
 
 
 def _owner(site: Site) -> nn.Module | None:
+    """Return the module that owns the site's head or width counts, or None."""
     return site.block.get_submodule(site.paths.owner) if site.paths.owner else None
 
 
@@ -73,7 +89,7 @@ def _narrow(linear: nn.Linear, index: Tensor, dim: int) -> None:
 
 
 def _narrow_site(site: Site, kept: Sequence[int]) -> None:
-    """Leave a site only its units ``kept`` (ascending)."""
+    """Narrow a site's projections to the units ``kept`` (ascending)."""
     for linear in site.inputs:
         segments = site.input_segments(linear)
         rows = torch.arange(linear.out_features).view(segments, site.units, -1)
@@ -89,12 +105,36 @@ def _narrow_site(site: Site, kept: Sequence[int]) -> None:
 
 
 def removable(site: Site) -> bool:
-    """Whether units of a site can be physically removed; where not, they are zeroed."""
+    """Return whether units of a site can be removed physically; where not, they are zeroed.
+
+    Parameters
+    ----------
+    site : Site
+        Heads or neurons of one block.
+
+    Returns
+    -------
+    bool
+        False for attention whose forward cannot run with fewer heads.
+    """
     return site.paths.removable or type(_owner(site)).__name__ in _FORWARDS
 
 
 def remove_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
-    """Take units and layers away; returns what had to be zeroed instead."""
+    """Remove units and layers physically, in place: narrow the projections, delete the blocks, update the configs.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    plan : Plan
+        Units and layers to remove.
+
+    Returns
+    -------
+    list of dict
+        One entry {"tower", "kind", "layer", "units"} for each site of which units had to be zeroed instead.
+    """
     zeroed = []
     for tower, layer, site, units in changed_sites(anatomy, plan):
         kept = sorted(set(range(site.units)) - set(units))
@@ -108,7 +148,7 @@ def remove_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
             _narrow_site(site, [0])
             zeroed.append(_entry(tower, site.kind, layer, [0]))
     feature_layers = {name: _feature_layer(anatomy, tower, plan) for name, tower in anatomy.towers.items()}
-    lengths: dict[int, tuple[Any, int]] = {}  # towers may share a config; it then holds the longest one's length
+    lengths: dict[int, tuple[Any, int]] = {}  # towers may share a config; it then holds the depth of the deepest
     for name, tower in anatomy.towers.items():
         for layer in sorted(plan.layers.get(name, []), reverse=True):
             del tower.container[layer]
@@ -126,7 +166,7 @@ def remove_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
 
 
 def _configs(anatomy: Anatomy, tower: Tower) -> Iterator[Any]:
-    """The tower's config, and copies of it that modules around its blocks keep for themselves."""
+    """Yield the tower's config, and the copies of it that modules around its blocks hold."""
     yield tower.config
     for name, module in anatomy.model.named_modules():
         around = not name or f"{tower.prefix}.".startswith(f"{name}.")
@@ -136,10 +176,10 @@ def _configs(anatomy: Anatomy, tower: Tower) -> Iterator[Any]:
 
 
 def _feature_layer(anatomy: Anatomy, tower: Tower, plan: Plan) -> int | list[int] | None:
-    """The index, among the streams between the blocks that stay, of the stream that the model reads.
+    """Return the config's feature layer (such as LLaVA's ``vision_feature_layer``) as it is after removing blocks.
 
-    Stream i enters block i and stream L leaves the last one; negative indices count from L + 1. Removing blocks moves
-    stream i to the number of blocks that stay in front of it.
+    Hidden state i enters block i and hidden state L leaves the last one; negative indices count from L + 1. Removing
+    blocks moves hidden state i to the number of remaining blocks in front of it.
     """
     if not tower.paths.feature_layer:
         return None
@@ -147,6 +187,7 @@ def _feature_layer(anatomy: Anatomy, tower: Tower, plan: Plan) -> int | list[int
     blocks = len(tower)
 
     def moved(index: int) -> int:
+        """Return the index of a hidden state after removal."""
         stream = index if index >= 0 else blocks + 1 + index
         place = sum(layer not in gone for layer in range(stream))
         return place if index >= 0 else place - (blocks - len(gone) + 1)
@@ -158,9 +199,19 @@ def _feature_layer(anatomy: Anatomy, tower: Tower, plan: Plan) -> int | list[int
 
 
 def shrink(model: nn.Module, structure: Mapping[str, Sequence[Mapping[str, int]]]) -> None:
-    """Give a model whose weights are still to be loaded the units and layers of ``structure``, as `Anatomy.shape`.
+    """Narrow a model whose weights are still to be loaded to the units and layers of ``structure``, in place.
 
-    Raises ValueError if it has less than that.
+    Parameters
+    ----------
+    model : nn.Module
+        A model built from the dense config.
+    structure : mapping of str to sequence of mapping
+        Tower -> block -> kind of site -> units, as `Anatomy.shape` returns.
+
+    Raises
+    ------
+    ValueError
+        Other towers or kinds of sites than the model's, or more blocks or units than it has.
     """
     anatomy = describe(model)
     shape = anatomy.shape()
