@@ -1,1 +1,1 @@
-"""Weights that can be zeroed: matrices, sensitivities, allocation, criteria, layer-wise pruning, sparse tensors."""
+"""Unstructured and n:m pruning of weight matrices: sensitivities, sparsity allocation, criteria, layer-wise pruning."""

@@ -1,4 +1,4 @@
-"""How many weights each group keeps, when all together keep an exact number."""
+"""Water-filling: how many weights each group keeps, under an exact total."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ from fractions import Fraction
 
 
 def keep_count(total: int, sparsity: float) -> int:
-    """floor(total * (1 - sparsity)), with the sparsity that its decimal digits say: 0.9 of 10 leaves 1, not 0."""
+    """Return floor(total * (1 - sparsity)), the sparsity taken as its decimal digits: 0.9 of 10 keeps 1, not 0."""
     return math.floor(total * (1 - Fraction(repr(float(sparsity)))))
 
 
 def allocate(
     importance: Sequence[float], sizes: Sequence[int], keep: int, floors: Sequence[int] | None = None
 ) -> list[int]:
-    """How many weights each group keeps: its floor, and of the rest a share in proportion to its importance.
+    """Allocate ``keep`` weights to groups by water-filling: its floor to each, the rest in proportion to importance.
 
     A group that is full drops out and leaves its share to the others (ECoFLaP, arXiv 2310.02998, section 3.2), down to
     the last weight: the result sums to ``keep`` exactly. Shares are exact fractions, rounded by largest remainder, ties
-    to the lower index. What groups of no importance must take, they take by size.
+    to the lower index. Groups of importance zero get what the others cannot hold, in proportion to their room.
 
-    importance  [G]  finite, >= 0
-    sizes       [G]  weights of each group
-    keep        0 <= keep <= sum(sizes)
-    floors      [G]  0 <= floor <= size, together at most ``keep``; 0 by default
+    Parameters
+    ----------
+    importance : sequence of float [G]
+        Finite, at least 0.
+    sizes : sequence of int [G]
+        Weights of each group.
+    keep : int
+        Weights that all groups keep together, between the sums of floors and sizes.
+    floors : sequence of int [G], optional
+        Weights that each group keeps at least, at most its size. None: 0.
 
-    Raises ValueError naming the group and what was expected.
+    Returns
+    -------
+    list of int [G]
+        Kept weights of each group.
+
+    Raises
+    ------
+    ValueError
+        An argument out of bounds; the message names the group and what was expected.
     """
     floors = [0] * len(sizes) if floors is None else list(floors)
     if not len(importance) == len(sizes) == len(floors):
@@ -45,11 +59,11 @@ def allocate(
 
 
 def _fill(importance: Sequence[float], room: Sequence[int], amount: int) -> list[Fraction]:
-    """Shares min(room, level * importance) that sum to ``amount``, as exact fractions."""
+    """Return the exact shares min(room, level * importance) whose level makes them sum to ``amount``."""
     shares = [Fraction(0)] * len(room)
     weight = [Fraction(value) for value in importance]
     left, total = Fraction(amount), sum(w for w, limit in zip(weight, room, strict=True) if limit > 0)
-    # In the order in which groups fill up while the level rises.
+    # In the order in which groups fill up as the water rises.
     waiting = sorted((i for i in range(len(room)) if weight[i] > 0 and room[i] > 0), key=lambda i: room[i] / weight[i])
     for place, i in enumerate(waiting):
         if left * weight[i] < room[i] * total:  # from here on none fills up
@@ -67,7 +81,7 @@ def _fill(importance: Sequence[float], room: Sequence[int], amount: int) -> list
 
 
 def _round(shares: Sequence[Fraction], amount: int) -> list[int]:
-    """Whole numbers that sum to ``amount``, each the floor of its share or one more."""
+    """Round shares down or up to integers that sum to ``amount``, by largest remainder."""
     whole = [math.floor(share) for share in shares]
     by_remainder = sorted(range(len(whole)), key=lambda i: whole[i] - shares[i])
     for i in by_remainder[: amount - sum(whole)]:
@@ -76,7 +90,22 @@ def _round(shares: Sequence[Fraction], amount: int) -> list[int]:
 
 
 def round_shares(shares: Sequence[float], sizes: Sequence[int], keep: int) -> list[int]:
-    """Whole numbers of at least 0 and at most the sizes that sum to ``keep``, near shares that nearly do."""
+    """Round shares whose sum is near ``keep`` to integers that sum to it exactly, each between 0 and its size.
+
+    Parameters
+    ----------
+    shares : sequence of float [G]
+        Kept weights of each group before rounding.
+    sizes : sequence of int [G]
+        Weights of each group.
+    keep : int
+        The sum of the result.
+
+    Returns
+    -------
+    list of int [G]
+        Kept weights of each group.
+    """
     held = [min(max(share, 0.0), size) for share, size in zip(shares, sizes, strict=True)]
     floors = [math.floor(share) for share in held]
     if sum(floors) > keep:

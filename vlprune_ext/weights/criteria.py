@@ -1,4 +1,4 @@
-"""Which weights of a matrix matter least: Wanda, magnitude, RIA; SparseGPT, which makes up for what goes; DSnoT."""
+"""Pruning criteria of one matrix: Wanda, magnitude, RIA, SparseGPT (with weight update), and DSnoT's exchanges."""
 
 from __future__ import annotations
 
@@ -17,14 +17,37 @@ CRITERIA = ("wanda", "magnitude", "ria", "sparsegpt")
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where zeros may lie: anywhere (n = 0), or n of every m consecutive weights of a row."""
+    """Sparsity pattern: unstructured, or n:m, n zeros in every m consecutive weights of a row.
+
+    Parameters
+    ----------
+    n : int
+        Zeros of a group; 0 for unstructured.
+    m : int
+        Weights of a group.
+    """
 
     n: int = 0
     m: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """ "unstructured" or "n:m", n zeros in every m, 0 < n < m. Raises ValueError."""
+        """Parse "unstructured" or "n:m", n zeros in every m.
+
+        Parameters
+        ----------
+        text : str
+            The pattern's name.
+
+        Returns
+        -------
+        Pattern
+
+        Raises
+        ------
+        ValueError
+            Another text, or not 0 < n < m.
+        """
         if text == "unstructured":
             return cls()
         match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -33,7 +56,15 @@ class Pattern:
         return cls(int(match[1]), int(match[2]))
 
     def check(self, name: str, weight: Tensor) -> None:
-        """Raises ValueError for a matrix whose width m does not divide."""
+        """Raise ValueError, naming the matrix, if m does not divide its width.
+
+        Parameters
+        ----------
+        name : str
+            The matrix' name.
+        weight : Tensor [out, in]
+            The matrix.
+        """
         if self.n and weight.shape[1] % self.m != 0:
             raise ValueError(
                 f"pattern: {self.n}:{self.m}, but {name} has {weight.shape[1]} columns, which {self.m} does not divide"
@@ -41,7 +72,17 @@ class Pattern:
 
 
 def check_criterion(criterion: str, scope: str | None, dsnot: int = 0) -> None:
-    """Raises ValueError for an unknown criterion or scope, and for exchanges that it does not allow."""
+    """Raise ValueError for an unknown criterion or scope, or DSnoT exchanges that the criterion does not allow.
+
+    Parameters
+    ----------
+    criterion : str
+        One of `CRITERIA`.
+    scope : str or None
+        One of `SCOPES`, or None.
+    dsnot : int
+        Exchanges of each row, at least 0; 0 for "sparsegpt".
+    """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: {criterion!r}, expected one of {', '.join(CRITERIA)}")
     if scope is not None and scope not in SCOPES:
@@ -49,16 +90,25 @@ def check_criterion(criterion: str, scope: str | None, dsnot: int = 0) -> None:
     if dsnot < 0:
         raise ValueError(f"dsnot: {dsnot}, expected a number of exchanges, at least 0")
     if dsnot and criterion == "sparsegpt":
-        raise ValueError(
-            "dsnot: SparseGPT changes the weights that stay, so that none can be exchanged for a dense one"
-        )
+        raise ValueError("dsnot: SparseGPT updates the kept weights, so that none can be exchanged for a dense one")
 
 
 class Inputs:
-    """What is kept of a linear layer's inputs on calibration data: squared column norms; for SparseGPT X^T X, for DSnoT
-    the sums of columns.
+    """Accumulate the input statistics of a linear layer over calibration data.
 
-    Rows of weight 0, padding, count nowhere.
+    Squared column norms always; the Gram matrix X^T X for SparseGPT's Hessian; the column sums for DSnoT. Rows of token
+    weight 0 (padding) are excluded.
+
+    Parameters
+    ----------
+    width : int
+        Columns of the input, ``in``.
+    device : torch.device
+        Where the statistics are held, in fp32.
+    gram : bool
+        Accumulate X^T X [in, in].
+    sums : bool
+        Accumulate the column sums [in].
     """
 
     def __init__(self, width: int, device: torch.device, *, gram: bool = False, sums: bool = False) -> None:
@@ -68,7 +118,15 @@ class Inputs:
         self.rows = 0.0
 
     def add(self, x: Tensor, token_weight: Tensor | None) -> None:
-        """x [..., in], token_weight [...] of the same leading shape, or None."""
+        """Add one batch of inputs to the statistics.
+
+        Parameters
+        ----------
+        x : Tensor [..., in], fp32/bf16/fp16
+            What enters the layer.
+        token_weight : Tensor [...], or None
+            Weight of each row, of the leading shape of ``x``; 0 for padding. None: all 1.
+        """
         flat = x.detach().flatten(0, -2)
         weight = None if token_weight is None else token_weight.flatten().to(torch.float32)
         self.rows += len(flat) if weight is None else weight.sum().item()
@@ -81,19 +139,19 @@ class Inputs:
 
     @property
     def scale(self) -> Tensor:
-        """[in]: the root mean square of each column; ||X_j|| of Wanda up to a factor that all columns share."""
+        """Root mean square of each column, [in] fp32: Wanda's ||X_j|| up to a factor that all columns share."""
         return (self.norm_sq / max(self.rows, 1.0)).sqrt()
 
     @property
     def mean(self) -> Tensor:
-        """[in]: the mean of each column."""
+        """Mean of each column, [in] fp32; ValueError if the sums were not kept."""
         if self.sums is None:
             raise ValueError("inputs: the sums of columns were not kept")
         return self.sums / max(self.rows, 1.0)
 
     @property
     def variance(self) -> Tensor:
-        """[in]: that of each column."""
+        """Variance of each column, [in] fp32."""
         return (self.norm_sq / max(self.rows, 1.0) - self.mean.square()).clamp(min=0)
 
 
@@ -110,19 +168,41 @@ def prune_matrix(
     dsnot: int = 0,
     ria_power: float = 0.5,
 ) -> None:
-    """Zero a share of one matrix, in place.
+    """Prune one matrix to a sparsity by a criterion, in place.
 
-    inputs     not needed for magnitude
-    dsnot      exchanges of `exchange` that follow
-    sparsity   share of the entries; of a row (``scope="row"``) or of the matrix, to the nearest whole number. A pattern
-               n:m takes n of every m, whatever this says
+    Parameters
+    ----------
+    weight : Tensor [out, in], fp32/bf16/fp16
+        The matrix; its pruned entries become zero. SparseGPT updates the others.
+    inputs : Inputs or None
+        Statistics of what enters the matrix; not needed for "magnitude" without DSnoT.
+    sparsity : float
+        Share of the entries that become zero: of each row (``scope="row"``) or of the matrix, to the nearest whole
+        number; of each block of 128 columns for "sparsegpt". A pattern n:m takes n of every m, whatever this says.
+    criterion : {"wanda", "magnitude", "ria", "sparsegpt"}
+        Which entries are pruned.
+    pattern : Pattern
+        Unstructured or n:m.
+    scope : {"row", "matrix"}
+        Entries that compete.
+    damping : float
+        SparseGPT's, as a share of the Hessian's mean diagonal.
+    dsnot : int
+        DSnoT exchanges of each row that follow (`exchange`).
+    ria_power : float
+        Exponent of the input norm in RIA.
+
+    Raises
+    ------
+    ValueError
+        ``inputs`` is None where it is needed.
     """
     if criterion == "magnitude" and not dsnot:
         _zero(weight, None, sparsity, pattern, scope)
         return
     if inputs is None:
         raise ValueError(
-            f"inputs: None, but criterion {criterion!r} with dsnot={dsnot} looks at what enters the matrix"
+            f"inputs: None, but criterion {criterion!r} with dsnot={dsnot} needs the statistics of the matrix' inputs"
         )
     dense = weight.clone() if dsnot else weight
     if criterion == "sparsegpt":
@@ -140,7 +220,7 @@ def prune_matrix(
 
 
 def _zero(weight: Tensor, scale: Tensor | None, sparsity: float, pattern: Pattern, scope: str) -> None:
-    """Zero what has the least |w| * scale, in place."""
+    """Zero the weights of smallest score |w| * scale, in place."""
     if pattern.n:
         prune_nm_(weight, scale, pattern.n, pattern.m)
     else:
@@ -148,20 +228,30 @@ def _zero(weight: Tensor, scale: Tensor | None, sparsity: float, pattern: Patter
 
 
 def _count(weight: Tensor, sparsity: float, scope: str) -> int:
+    """Return how many entries of a row, or of the matrix, a sparsity is."""
     return round(sparsity * (weight.shape[1] if scope == "row" else weight.numel()))
 
 
 def exchange(weight: Tensor, dense: Tensor, inputs: Inputs, cycles: int, pattern: Pattern | None = None) -> None:
-    """DSnoT's prune-and-grow, in place: each row gives up a weight for a pruned one, where its mean output gains.
+    """Apply DSnoT's prune-and-grow, in place: rows exchange kept weights for pruned ones where their mean output gains.
 
     The expected error of a row is what its pruned weights would add on average, the sum of W_ij E[X_j]. In every cycle
-    a row grows the pruned weight whose share of that error is largest for its variance, and gives up, of the weights
+    a row grows the pruned weight whose share of that error is largest for its variance, and prunes, of the kept weights
     whose loss lowers the error too, the one of least |W| ||X_j|| (arXiv 2310.08915, section 3). Unlike there, a row
-    stops when an exchange would not bring its error nearer to zero, so that it never grows; n:m patterns stay.
+    stops when an exchange would not bring its error nearer to zero, so that it never grows; n:m patterns are preserved.
 
-    weight   [out, in]  pruned
-    dense    [out, in]  as it was
-    cycles   exchanges of a row, at most
+    Parameters
+    ----------
+    weight : Tensor [out, in]
+        The pruned matrix.
+    dense : Tensor [out, in]
+        The matrix before pruning.
+    inputs : Inputs
+        Statistics of what enters the matrix, with column sums.
+    cycles : int
+        Exchanges of a row, at most.
+    pattern : Pattern, optional
+        Of n:m, a row exchanges weights within one group of m only.
     """
     group = pattern.m if pattern and pattern.n else weight.shape[1]
     scale, variance = inputs.scale, inputs.variance.clamp(min=torch.finfo(torch.float32).tiny)
@@ -172,7 +262,7 @@ def exchange(weight: Tensor, dense: Tensor, inputs: Inputs, cycles: int, pattern
     error = (share * gone).sum(1)
     columns = torch.arange(weight.shape[1], device=weight.device)
     for _ in range(cycles):
-        gains = share[rows] * error[rows].sign()[:, None]  # > 0: the weight's absence is part of the error
+        gains = share[rows] * error[rows].sign()[:, None]  # > 0: pruning the weight is part of the error
         grown = torch.where(gone[rows] & (gains > 0), gains / variance, -1.0).max(1)
         beside = columns // group == (grown.indices // group)[:, None]
         given = torch.where(~gone[rows] & (gains < 0) & beside, cost[rows], math.inf).min(1)
@@ -189,7 +279,23 @@ def exchange(weight: Tensor, dense: Tensor, inputs: Inputs, cycles: int, pattern
 
 
 def relative_importance(weight: Tensor, inputs: Inputs, power: float = 0.5) -> Tensor:
-    """[out, in] fp32: |W_ij| (1 / sum_i |W_ij| + 1 / sum_j |W_ij|) ||X_j||^power (RIA, ICLR 2024, eq. 5)."""
+    """Return RIA's relative importance: |W_ij| (1 / sum_i |W_ij| + 1 / sum_j |W_ij|) ||X_j||^power.
+
+    RIA (ICLR 2024), eq. 5.
+
+    Parameters
+    ----------
+    weight : Tensor [out, in], fp32/bf16/fp16
+        The matrix.
+    inputs : Inputs
+        Statistics of what enters it.
+    power : float
+        Exponent of the input norm.
+
+    Returns
+    -------
+    Tensor [out, in], fp32
+    """
     magnitude = weight.float().abs()
     tiny = torch.finfo(torch.float32).tiny
     share = magnitude / magnitude.sum(0).clamp(min=tiny) + magnitude / magnitude.sum(1, keepdim=True).clamp(min=tiny)
@@ -199,10 +305,10 @@ def relative_importance(weight: Tensor, inputs: Inputs, power: float = 0.5) -> T
 def _sparsegpt(
     weight: Tensor, inputs: Inputs, sparsity: float, pattern: Pattern, damping: float, block: int = 128
 ) -> None:
-    """SparseGPT (arXiv 2301.00774, algorithm 1): column by column, later weights make up for the error of pruned ones.
+    """Prune by SparseGPT (arXiv 2301.00774, algorithm 1), in place: later columns make up for pruned weights.
 
-    H = X^T X / rows + damping * mean(diag); masks are chosen for ``block`` columns at a time by w^2 / [H^-1]_jj^2, over
-    all rows together, or for every m columns of each row.
+    The Hessian is H = X^T X / rows + damping * mean(diag). Masks are chosen for ``block`` columns at a time by
+    w^2 / [H^-1]_jj^2, over all rows together; of an n:m pattern, for every m columns of each row.
     """
     assert inputs.gram is not None
     hessian = inputs.gram / max(inputs.rows, 1.0)
@@ -237,7 +343,7 @@ def _sparsegpt(
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse; more damping where rounding leaves the matrix indefinite."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse, with tenfold damping while it is indefinite."""
     mean = hessian.diagonal().mean()
     for power in range(6):
         damped = hessian.clone()

@@ -1,4 +1,4 @@
-"""Layer-wise pruning of weights: block after block, on what the pruned blocks before make of the data."""
+"""Layer-wise pruning: block after block, each on the activations that the pruned blocks before it produce."""
 
 from __future__ import annotations
 
@@ -21,16 +21,26 @@ from .matrices import Matrix, matrices
 
 @dataclass(frozen=True)
 class Selection:
-    """Which weights of a matrix go.
+    """Select which weights of a matrix are pruned.
 
-    criterion   "wanda", "magnitude", "ria" or "sparsegpt"
-    pattern     "unstructured", or "n:m" for n zeros in every m
-    scope       "row": the same share of every row; "matrix": of the matrix as a whole. None: rows, but matrices in the
-                vision tower of a model that generates (the published choices). SparseGPT has its own: 128 columns
-    damping     SparseGPT's, as a share of the mean diagonal of X^T X
-    dsnot       how many weights of each row DSnoT may exchange for pruned ones (arXiv 2310.08915; there, 50)
-    batch_size  calibration rows run at once
-    objective   name of the objective whose data runs through the model
+    Parameters
+    ----------
+    criterion : {"wanda", "magnitude", "ria", "sparsegpt"}
+        Importance score of a weight.
+    pattern : str
+        "unstructured", or "n:m" for n zeros in every m.
+    scope : {"row", "matrix"}, optional
+        Weights that compete: those of a row, so that every row has the same sparsity, or of the whole matrix. None:
+        rows, but matrices in the vision tower of a model that generates (the published choices). SparseGPT has its own:
+        blocks of 128 columns.
+    damping : float
+        SparseGPT's damping, as a share of the mean diagonal of X^T X, in (0, 1).
+    dsnot : int
+        Weights of each row that DSnoT may exchange for pruned ones (arXiv 2310.08915; there, 50).
+    batch_size : int
+        Calibration rows run at once.
+    objective : str, optional
+        Name of the objective whose data runs through the model.
     """
 
     criterion: str = "wanda"
@@ -50,13 +60,40 @@ class Selection:
             raise ValueError(f"batch_size: {self.batch_size}, expected at least 1")
 
     def scope_of(self, anatomy: Anatomy, tower: str) -> str:
+        """Return the scope in a tower: ``scope`` if given, else the published choice.
+
+        Parameters
+        ----------
+        anatomy : Anatomy
+            The model.
+        tower : str
+            One of its towers.
+
+        Returns
+        -------
+        str
+            "row" or "matrix".
+        """
         if self.scope is not None:
             return self.scope
         return "matrix" if tower == "vision" and anatomy.family.head else "row"
 
 
 def check_weights(chosen: Sequence[Matrix], pattern: str = "unstructured") -> None:
-    """Raises ValueError naming the first matrix that cannot be pruned."""
+    """Raise ValueError naming the first matrix that cannot be pruned.
+
+    Parameters
+    ----------
+    chosen : sequence of Matrix
+        Matrices to check.
+    pattern : str
+        "unstructured" or "n:m".
+
+    Raises
+    ------
+    ValueError
+        Weights that are not fp32, fp16 or bf16, or not finite, or a width that m does not divide.
+    """
     wanted = Pattern.parse(pattern)
     for matrix in chosen:
         if matrix.weight.dtype not in _native.DTYPES:
@@ -75,9 +112,28 @@ def check_weights(chosen: Sequence[Matrix], pattern: str = "unstructured") -> No
 def used_matrices(
     anatomy: Anatomy, objective: Objective, data: Data, towers: Sequence[str] | None = None
 ) -> list[Matrix]:
-    """The matrices that take part when the objective is computed, which a cross attention may not.
+    """List the prunable matrices that run when the objective is computed; cross-attention may not.
 
-    Raises ValueError for a tower without any, and for weights that are not in memory.
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    objective : Objective
+        Decides what each tower is fed.
+    data : Data
+        Calibration data, of which one row is run.
+    towers : sequence of str, optional
+        Towers to look at. None: all that the objective sees.
+
+    Returns
+    -------
+    list of Matrix
+        In the order of `matrices`.
+
+    Raises
+    ------
+    ValueError
+        A tower without prunable matrices, or weights on the meta device.
     """
     found = matrices(anatomy, objective.towers(anatomy) if towers is None else towers)
     for matrix in found:
@@ -93,6 +149,7 @@ def used_matrices(
 
 
 def _by_layer(chosen: Sequence[Matrix]) -> dict[int, list[Matrix]]:
+    """Group matrices by layer."""
     layers: dict[int, list[Matrix]] = {}
     for matrix in chosen:
         layers.setdefault(matrix.layer, []).append(matrix)
@@ -111,10 +168,32 @@ def walk_inputs(
     sums: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[tuple[list[Matrix], Callable[[Matrix], Inputs]]]:
-    """Yield the matrices of each block and what entered them, tower by tower in the order in which towers run.
+    """Yield the matrices of each block and their input statistics, tower by tower in the order in which towers run.
 
-    The caller may change the block's weights before asking for the next: what follows sees what they make of the data.
-    Padding counts nowhere; layers that read the same tensor (q, k and v; gate and up) share their statistics.
+    The caller may change a block's weights before it asks for the next: later blocks see the activations that result.
+    Padding is excluded; layers that read the same tensor (q, k and v; gate and up) share their statistics.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    objective : Objective
+        Decides what each tower is fed.
+    data : Data
+        Calibration data.
+    chosen : sequence of Matrix
+        Matrices to yield.
+    batch_size : int
+        Rows run at once.
+    gram, sums : bool
+        Also accumulate X^T X, and the column sums (`Inputs`).
+    progress : Progress, optional
+        Called after each block.
+
+    Yields
+    ------
+    tuple of (list of Matrix, callable)
+        One block's matrices, and a function from each of them to its `Inputs`.
     """
     for name in [tower for tower in anatomy.towers if any(matrix.tower == tower for matrix in chosen)]:
         layers = _by_layer([matrix for matrix in chosen if matrix.tower == name])
@@ -138,28 +217,34 @@ def walk_inputs(
 
 
 class _Collector:
-    """Statistics of the inputs of a block's matrices."""
+    """Collect the input statistics of a block's matrices with pre-hooks."""
 
     def __init__(self, anatomy: Anatomy, tower: str, of: Sequence[Matrix], kept: dict[str, bool]) -> None:
         self.anatomy, self.tower, self.matrices, self.kept = anatomy, tower, of, kept
         self.stats: dict[str, Inputs] = {}
-        self.shared: dict[str, str] = {}  # name of a matrix -> the first that read the same tensor
+        self.shared: dict[str, str] = {}  # matrix -> the first matrix that read the same tensor
         self.inputs: dict[str, Tensor] = {}
-        self.current: list[tuple[str, Tensor]] = []  # who read what in this batch; holds the tensors, so that ids last
+        self.current: list[
+            tuple[str, Tensor]
+        ] = []  # (matrix, its input) of this batch; holds the tensors, so that identity is safe
         cross = anatomy.tower(tower).blocks[of[0].layer].sites.get("cross_head")
         self.from_elsewhere = set(cross.inputs[1:]) if cross else set()  # k and v of a cross attention
 
     def next_batch(self, inputs: dict[str, Tensor]) -> None:
+        """Start the batch with these model inputs."""
         self.inputs, self.current = inputs, []
 
     def of(self, matrix: Matrix) -> Inputs:
+        """Return the statistics of a matrix."""
         return self.stats[self.shared[matrix.name]]
 
     def watch(self, patches: Patches) -> None:
+        """Register the pre-hooks."""
         for matrix in self.matrices:
             patches.pre_hook(matrix.module, lambda module, args, _m=matrix: self._add(_m, module, args[0]))
 
     def _add(self, matrix: Matrix, module: nn.Linear, x: Tensor) -> None:
+        """Add a batch of one matrix' inputs, unless another matrix read the same tensor."""
         first = next((name for name, seen in self.current if seen is x), matrix.name)
         if self.shared.setdefault(matrix.name, first) != matrix.name:
             return
@@ -169,12 +254,12 @@ class _Collector:
         self.stats[matrix.name].add(x, self._token_weight(module, x))
 
     def _token_weight(self, module: nn.Linear, x: Tensor) -> Tensor | None:
-        """1 for tokens, 0 for padding [B, T]; None where there is no padding."""
+        """Return the token weights [B, T], 1 for tokens and 0 for padding; None without padding."""
         if self.tower == "vision":
             return None
         mask = self.inputs.get("attention_mask")
         if module in self.from_elsewhere:
-            mask = mask if self.tower == "decoder" else None  # of the encoder's text; images have no padding
+            mask = mask if self.tower == "decoder" else None  # encoder text is masked; image features have no padding
         elif self.anatomy.family.needs_decoder_ids and self.tower == "decoder":
             mask = self.inputs["labels"] != IGNORED
         # Some layers, such as OPT's, are given all tokens in one row [B * T, in].
@@ -190,10 +275,28 @@ def prune_layerwise(
     selection: Selection,
     progress: Progress | None = None,
 ) -> None:
-    """Zero a share of each named matrix, in place, in the order in which towers and blocks run.
+    """Prune each named matrix to its sparsity, in place, in the order in which towers and blocks run.
 
-    Raises ValueError, with the model untouched, for a name that is no prunable matrix, a width that the pattern does
-    not divide, weights that are not finite, and calibration data on which the model is not finite (naming the row).
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    objective : Objective
+        Decides what each tower is fed.
+    data : Data
+        Calibration data.
+    sparsity : mapping of str to float
+        Parameter name -> share of its entries that become zero.
+    selection : Selection
+        The criterion and its settings.
+    progress : Progress, optional
+        Called after each block.
+
+    Raises
+    ------
+    ValueError
+        A name that is no prunable matrix, a width that the pattern does not divide, weights that are not finite, or
+        calibration data on which the model is not finite (naming the row); the model is then unchanged.
     """
     known = {matrix.name: matrix for matrix in used_matrices(anatomy, objective, data)}
     for name in sparsity:
@@ -229,7 +332,19 @@ def prune_layerwise(
 
 @torch.no_grad()
 def check_finite(anatomy: Anatomy, objective: Objective, data: Data, batch_size: int) -> None:
-    """Raises ValueError naming the first row on which the model is not finite."""
+    """Raise ValueError naming the first row of data on which the model's outputs are not finite.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    objective : Objective
+        Decides what each tower is fed.
+    data : Data
+        Calibration data.
+    batch_size : int
+        Rows run at once.
+    """
     with evaluation_mode(anatomy.model):
         for tower in objective.runs(anatomy):
             outputs = objective.run(anatomy, tower, data, batch_size)

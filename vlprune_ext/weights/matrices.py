@@ -1,4 +1,4 @@
-"""The matrices that layer-wise pruning works on: the weights of the linear layers inside a tower's blocks."""
+"""Prunable matrices: the weights of the linear layers inside a tower's blocks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from ..anatomy import Anatomy
 
 @dataclass(frozen=True)
 class Matrix:
-    """One prunable weight [out, in].
+    """A prunable weight matrix [out, in].
 
-    name    of the parameter in the model
-    path    of its module in the block
-    number  among all matrices of the model; the stream of random numbers that belongs to it
+    Parameters
+    ----------
+    tower, layer : str, int
+        Where its block is.
+    name : str
+        The parameter's name in the model.
+    path : str
+        Its module's path in the block.
+    number : int
+        Its index among all matrices of the model, which selects its stream of random numbers.
+    module : nn.Linear
+        The layer it belongs to.
     """
 
     tower: str
@@ -28,6 +37,7 @@ class Matrix:
 
     @property
     def weight(self) -> Tensor:
+        """The layer's weight, [out, in]."""
         return self.module.weight
 
     def __str__(self) -> str:
@@ -35,10 +45,26 @@ class Matrix:
 
 
 def matrices(anatomy: Anatomy, towers: Sequence[str] | None = None) -> list[Matrix]:
-    """The prunable matrices of some towers (None: all), tower by tower, block by block, in the order of definition.
+    """List the prunable matrices of a model, tower by tower, block by block, in the order of definition.
 
-    Embeddings, norms, projectors between towers and the language-model head lie outside blocks and are none of them.
-    Raises ValueError for a tower that has none, or that the model lacks.
+    Embeddings, norms, projectors between towers and the language-model head lie outside the blocks and are not among
+    them.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    towers : sequence of str, optional
+        Towers to list. None: all.
+
+    Returns
+    -------
+    list of Matrix
+
+    Raises
+    ------
+    ValueError
+        A tower that the model lacks or that has no linear layer in its blocks.
     """
     found: list[Matrix] = []
     for name, tower in anatomy.towers.items():

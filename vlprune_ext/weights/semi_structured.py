@@ -1,4 +1,4 @@
-"""2:4 sparse weights as torch's semi-structured tensors, which a GPU's sparse tensor cores multiply."""
+"""2:4 sparse weights as torch's semi-structured tensors, for the sparse tensor cores of a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,20 @@ CAPABILITY = (8, 0)  # the first GPUs with sparse tensor cores
 
 @dataclass(frozen=True)
 class Conversion:
-    """One matrix, and the median milliseconds of its product with ``rows`` rows; None where torch cannot hold it."""
+    """One converted matrix, and the speed of its product before and after.
+
+    Parameters
+    ----------
+    name : str
+        The parameter's name.
+    shape : tuple of int
+        (out, in).
+    rows : int
+        Rows of the input that was multiplied.
+    dense_ms, sparse_ms : float
+        Median milliseconds of the dense and of the 2:4 product; ``sparse_ms`` is None where torch has no sparse product
+        of this shape and the matrix stays dense.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -31,27 +44,51 @@ class Conversion:
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than dense; below 1, slower."""
+        """Speed-up over dense; below 1, slower; None where the matrix stays dense."""
         return None if self.sparse_ms is None else self.dense_ms / self.sparse_ms
 
 
 def is_two_four(weight: Tensor) -> bool:
-    """Whether at most two of every four consecutive weights of a row [out, in] are not zero."""
+    """Return whether at most two of every four consecutive weights of each row are nonzero.
+
+    Parameters
+    ----------
+    weight : Tensor [out, in]
+        The matrix.
+
+    Returns
+    -------
+    bool
+    """
     return weight.shape[1] % 4 == 0 and bool(((weight != 0).reshape(-1, 4).sum(1) <= 2).all())
 
 
 @torch.no_grad()
 def to_semi_structured(model: nn.Module, *, rows: int = 4096, say: Callable[[str], object] = print) -> list[Conversion]:
-    """Turn every 2:4 matrix of a model's blocks into a semi-structured tensor, in place, for inference.
+    """Convert every 2:4 matrix of a model's blocks to a semi-structured tensor, in place, for inference.
 
     Save the model before: safetensors holds dense weights. Whether the products are faster depends on the GPU, the
-    matrix and the rows; every matrix is measured both ways, ``say`` is told, and all are converted, also where that is
-    slower.
+    matrix and the rows; every matrix is timed both ways, and all are converted, also where that is slower.
 
-    rows  of the product that is timed: batch times tokens
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model with matrices pruned to 2:4.
+    rows : int
+        Rows of the product that is timed: batch times tokens.
+    say : callable
+        Called with a line of text for each matrix, and a summary.
 
-    Raises ValueError, with the model untouched, for weights that are not on a GPU of compute capability 8.0 or newer,
-    not fp16 or bf16, or if no matrix is 2:4.
+    Returns
+    -------
+    list of Conversion
+        One for each 2:4 matrix.
+
+    Raises
+    ------
+    ValueError
+        Weights that are not on a GPU of compute capability 8.0 or newer, or not fp16 or bf16, or no 2:4 matrix; the
+        model is then unchanged.
     """
     if rows < 1:
         raise ValueError(f"rows: {rows}, expected at least 1")
@@ -81,11 +118,22 @@ def to_semi_structured(model: nn.Module, *, rows: int = 4096, say: Callable[[str
 
 
 def is_converted(weight: Tensor) -> bool:
-    """Whether a weight is a semi-structured tensor already."""
+    """Return whether a weight is a semi-structured tensor already.
+
+    Parameters
+    ----------
+    weight : Tensor
+        A linear layer's weight.
+
+    Returns
+    -------
+    bool
+    """
     return isinstance(weight, SparseSemiStructuredTensor)
 
 
 def _check(matrix: Matrix) -> None:
+    """Raise ValueError unless a matrix is fp16 or bf16 on a GPU with sparse tensor cores."""
     weight = matrix.weight
     if not weight.is_cuda:
         raise ValueError(f"{matrix.name} is on {weight.device}; expected a GPU of compute capability 8.0 or newer")
@@ -98,7 +146,7 @@ def _check(matrix: Matrix) -> None:
 
 
 def _milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median of one call on the current GPU."""
+    """Return the median milliseconds of a call on the current GPU, after three to warm up."""
     for _ in range(3):
         run()
     times = []
@@ -113,6 +161,7 @@ def _milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 def _line(of: Conversion) -> str:
+    """Return the line that reports one conversion."""
     what = f"{of.name} [{of.shape[0]}, {of.shape[1]}]: dense {of.dense_ms:.3f} ms"
     if of.ratio is None:
         return f"{what}; torch has no sparse product for this shape, stays dense"
@@ -120,6 +169,7 @@ def _line(of: Conversion) -> str:
 
 
 def _summary(done: list[Conversion]) -> str:
+    """Return the line that sums up all conversions."""
     converted = [of for of in done if of.sparse_ms is not None]
     dense, sparse = sum(of.dense_ms for of in converted), sum(of.sparse_ms or 0.0 for of in converted)
     slower = sum(of.ratio is not None and of.ratio < 1 for of in converted)

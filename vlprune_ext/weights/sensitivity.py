@@ -1,6 +1,6 @@
-"""How much an objective depends on each weight matrix: ECoFLaP's coarse stage (arXiv 2310.02998, section 3.2).
+"""Sensitivity of an objective to each weight matrix: ECoFLaP's coarse stage (arXiv 2310.02998, section 3.2).
 
-Zeroth order asks the model twice for each random direction and needs no gradient; first order differentiates it.
+Zeroth order takes two forward passes for each random direction and no gradient; first order takes a backward pass.
 Neither writes a weight.
 """
 
@@ -29,13 +29,19 @@ EPS = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was measured of each matrix.
+    """Sensitivity of the objective to each of M matrices.
 
-    slope       [M] float64  zeroth order: mean |L(W + eps z) - L(W - eps z)| / (2 eps), about 0.8 of the norm of the
-                             gradient; first order: mean |dL/dW| over the entries
-    weighted    [M] float64  first order: sum |W| |dL/dW|; zeroth order: sum |W| times the slope
-    spread      [M] float64  standard error of the slope over directions, as a share of it; NaN where it is not known
-    block_runs  of replay; 0 for first order
+    Parameters
+    ----------
+    slope : Tensor [M], float64
+        Zeroth order: mean |L(W + eps z) - L(W - eps z)| / (2 eps), about 0.8 of the gradient's norm. First order: mean
+        |dL/dW| over the entries.
+    weighted : Tensor [M], float64
+        First order: sum |W| |dL/dW|. Zeroth order: sum |W| times the slope.
+    spread : Tensor [M], float64
+        Relative standard error of the slope over directions; NaN where it is not known.
+    block_runs : int
+        Block runs of the replay; 0 for first order.
     """
 
     slope: Tensor
@@ -60,13 +66,45 @@ def zeroth_order(
     stacked_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Perturb one matrix at a time along ``draws`` random directions, by replay.
+    """Estimate the sensitivity to each matrix from loss differences along random directions, by replay.
 
-    eps               step; None: that of the weight's dtype in `EPS`
-    realised          divide by the distance that the rounded weights lie apart along z, instead of 2 eps
-    samples_per_loss  samples over which the loss is averaged before the absolute value is taken; None: all
+    One matrix at a time is perturbed, along ``draws`` directions z ~ N(0, 1).
 
-    Raises ValueError naming the sample whose loss is not finite.
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    objective : Objective
+        The loss; need not be differentiable.
+    data : Data
+        Calibration data.
+    chosen : sequence of Matrix
+        The M matrices.
+    draws : int
+        Random directions for each matrix.
+    eps : float, optional
+        Step along z. None: that of the weight's dtype in `EPS`.
+    seed : int
+        Seed of the directions.
+    realised : bool
+        Divide by the distance along z between the two rounded weights, instead of 2 eps.
+    samples_per_loss : int, optional
+        Samples over which the loss difference is averaged before its absolute value is taken. None: all.
+    batch_size : int
+        Rows run at once.
+    stacked_rows : int, optional
+        Rows stacked on the batch axis in the model's suffix. None: the fastest height, measured.
+    progress : Progress, optional
+        Called with (done, total, text).
+
+    Returns
+    -------
+    Sensitivity
+
+    Raises
+    ------
+    ValueError
+        A loss that is not finite, naming the sample.
     """
     slope = torch.zeros(len(chosen), draws, dtype=torch.float64)
     block_runs = 0
@@ -89,7 +127,7 @@ def zeroth_order(
         read = partial(_values, anatomy, objective, tower, other, data)
         for positions, outputs in replay.walk(changes):
             if positions is None:
-                read(outputs)  # the model as it is, to name a sample that is not finite
+                read(outputs)  # of the unperturbed model, to name a sample that is not finite
                 continue
             values = {position: read(rows) for position, rows in zip(positions, outputs, strict=True)}
             for position in positions[::2]:
@@ -109,13 +147,35 @@ def zeroth_order(
 def perturbation(
     matrix: Matrix, draw: int, sign: int, *, draws: int, eps: float | None = None, seed: int = 0
 ) -> PerturbWeight:
-    """One end of one draw for one matrix; its numbers do not depend on which other matrices are looked at."""
+    """Return the intervention W + sign * eps * z for one matrix and one draw of z.
+
+    Its random numbers do not depend on which other matrices are perturbed.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        The matrix.
+    draw : int
+        Index of the direction, below ``draws``.
+    sign : {1, -1}
+        Which end of the difference.
+    draws : int
+        Directions for each matrix.
+    eps : float, optional
+        Step along z. None: that of the weight's dtype in `EPS`.
+    seed : int
+        Seed of the directions.
+
+    Returns
+    -------
+    PerturbWeight
+    """
     step = EPS[matrix.weight.dtype] if eps is None else eps
     return PerturbWeight(matrix.tower, matrix.layer, matrix.path, seed, matrix.number * draws + draw, step, sign)
 
 
 def _distance(weight: Tensor, change: PerturbWeight) -> float:
-    """<plus - minus, z> / <z, z>: how far apart the two rounded weights lie along z."""
+    """Return <plus - minus, z> / <z, z>: the distance along z between the two rounded weights."""
     z = perturb(torch.zeros_like(weight, dtype=torch.float32), change.seed, change.tensor_id, 1.0)[0]
     plus, minus = perturb(weight, change.seed, change.tensor_id, change.eps)
     apart = plus.float() - minus.float()
@@ -125,7 +185,7 @@ def _distance(weight: Tensor, change: PerturbWeight) -> float:
 def _values(
     anatomy: Anatomy, objective: Objective, tower: str, other: Tensor | None, data: Data, outputs: Tensor
 ) -> Tensor:
-    """[S] float64, on the CPU. Raises ValueError where one is not finite."""
+    """Return the objective of each sample, [S] float64, on the CPU; raise ValueError where one is not finite."""
     values = objective.values(anatomy, tower, outputs, other, data).double().cpu()
     bad = (~values.isfinite()).nonzero().flatten()
     if len(bad):
@@ -134,7 +194,7 @@ def _values(
 
 
 def _means(values: Tensor, together: int | None) -> Tensor:
-    """[S] -> the mean of every ``together`` neighbours."""
+    """Average every ``together`` consecutive values of [S]; None: all of them."""
     return torch.stack([part.mean() for part in values.split(len(values) if together is None else together)])
 
 
@@ -147,11 +207,34 @@ def first_order(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """mean |dL/dW| and sum |W| |dL/dW|, with |dL/dW| averaged over batches.
+    """Compute the sensitivity to each matrix from gradients: mean |dL/dW| and sum |W| |dL/dW|, averaged over batches.
 
-    An objective that ties all rows together is differentiated with respect to the rows' outputs first; then the graph
-    of the model is held for one batch at a time. Raises ValueError for an objective without gradients, and naming the
-    sample whose loss is not finite.
+    An objective that couples all rows is differentiated with respect to the rows' outputs first; the model's graph is
+    then held for one batch at a time.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    objective : Objective
+        The loss; a differentiable one.
+    data : Data
+        Calibration data.
+    chosen : sequence of Matrix
+        The M matrices.
+    batch_size : int
+        Rows run at once.
+    progress : Progress, optional
+        Called after each batch.
+
+    Returns
+    -------
+    Sensitivity
+
+    Raises
+    ------
+    ValueError
+        An objective without gradients, or a loss that is not finite, naming the sample.
     """
     if not objective.differentiable:
         raise ValueError(f"objective: {objective.name!r} has no gradient; use estimator='zeroth-order'")
@@ -190,6 +273,6 @@ def first_order(
 
 
 def check_eps(eps: float | None) -> None:
-    """Raises ValueError unless eps is None or a positive number."""
+    """Raise ValueError unless ``eps`` is None or a positive finite number."""
     if eps is not None and not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps: {eps}, expected a number above 0")
