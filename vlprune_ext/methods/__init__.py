@@ -1,8 +1,8 @@
-"""The methods: one dataclass each, whose fields are its hyper-parameters; and the registry that names them.
+"""Pruning methods, one dataclass each whose fields are its hyper-parameters, and the registry that names them.
 
-Those that prune parameters have a `plan` that says what is removed; those that prune tokens say it while the model
-runs. A method is named here, once: the names of `vlprune_ext`, the command line's help and the tables of the docs are
-read from the registry. Importing this module imports no method.
+Methods that prune parameters have a `plan`, which returns what is removed; methods that prune tokens act while the
+model runs. A method is registered here, once: the names of `vlprune_ext`, the command line's help and the tables of the
+docs are read from the registry. Importing this module imports no method.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """One method: its name on the command line, its class, the module it is in, what it does, and the source."""
+    """One registered method: its name on the command line, class, module, summary and source."""
 
     name: str
     title: str
@@ -75,7 +75,13 @@ REGISTRY = (
 
 
 class Methods(Mapping[str, Any]):
-    """The methods of some rooms: name on the command line -> class, which is imported when it is asked for."""
+    """Map the command-line names of some rooms' methods to their classes, which are imported on access.
+
+    Parameters
+    ----------
+    *rooms : str
+        Subpackages of `methods`: "units", "weights", "joint", "tokens".
+    """
 
     def __init__(self, *rooms: str) -> None:
         self.entries = {entry.name: entry for entry in REGISTRY if entry.module.split(".")[0] in rooms}
@@ -94,6 +100,7 @@ class Methods(Mapping[str, Any]):
 
 
 def _load(entry: Entry) -> Any:
+    """Import an entry's module and return its class."""
     return getattr(importlib.import_module(f".{entry.module}", __name__), entry.title)
 
 
@@ -104,7 +111,7 @@ _TITLES = {entry.title: entry for entry in REGISTRY}
 
 
 def title(name: str) -> str:
-    """Return the class's name of a method that makes a plan, "MoPE" of "mope"; another name as it stands."""
+    """Return the class name of a method that makes a plan, "MoPE" for "mope"; another name unchanged."""
     return METHODS.entries[name].title if name in METHODS.entries else name
 
 

@@ -1,1 +1,1 @@
-"""Methods that prune parameters and tokens together."""
+"""Methods that prune parameters and tokens jointly."""

@@ -1,8 +1,8 @@
-"""CoMP: parameters and tokens pruned together (Collaborative Multi-Mode Pruning, CVPR 2026, arXiv 2604.02956).
+"""CoMP: joint pruning of parameters and tokens (Collaborative Multi-Mode Pruning, CVPR 2026, arXiv 2604.02956).
 
-A *mode* is something that can be pruned further: parameters or tokens, of vision or language. One stage after another,
-the mode that costs the least accuracy for each FLOP saved is pruned a little more, until the model is small enough.
-Equation numbers are the paper's; what the paper leaves open, and is ours, is marked [ours].
+A *mode* is a kind of pruning: parameters or tokens, of vision or language. In each stage the mode that loses the least
+accuracy per FLOP saved is pruned further, until the FLOPs target is met. Equation numbers are the paper's; what the
+paper leaves open, and is ours, is marked [ours].
 """
 
 from __future__ import annotations
@@ -26,41 +26,106 @@ from ...progress import Progress
 
 @dataclass(kw_only=True, eq=False)
 class CoMP(Settings, TrainerCallback, ExportableState):
-    """Prune while a model trains, as a callback of transformers' Trainer; or, with ``train=False``, without training.
+    """Prune parameters and tokens jointly, stage by stage, by the mode that loses the least accuracy per FLOP.
+
+    A callback of transformers' Trainer, which prunes while the model trains; or, with ``train=False``, pruning without
+    training.
 
     >>> trainer = Trainer(model, args, train_dataset=..., callbacks=[vp.CoMP(flops=0.3, validation=validation)])
-    >>> trainer.train()  # every `interval` steps one mode; then fine-tuning; at the end the model is smaller
+    >>> trainer.train()  # one mode every `interval` steps; then fine-tuning; at the end the model is smaller
 
     >>> plan = vp.CoMP(flops=0.7, train=False).plan(model, validation)
 
-    At the end of training the plan is applied: heads and neurons are physically gone. Tokens leave whoever runs the
-    model within ``with vp.prune_tokens(model):``. ``history`` tells what happened in each stage, and why; the Trainer's
-    log and TensorBoard get its numbers ("comp/..") when a stage is over.
+    At the end of training the plan is applied: heads and neurons are removed physically. Tokens are pruned whenever the
+    model runs within ``with vp.prune_tokens(model):``. After each stage its numbers go to the Trainer's log and
+    TensorBoard ("comp/..").
 
-    Fields: those of `Settings`.
+    Source: CoMP (CVPR 2026, arXiv 2604.02956). ``confirm=False, hold=False`` is the paper's; it gives no number for
+    ``interval``. `Settings` tells what else is ours.
+
+    Parameters
+    ----------
+    flops : float
+        Share of the dense model's FLOPs that is kept, in (0, 1).
+    train : bool
+        True: a callback. False: `plan` prunes without training.
+    validation : Data, optional
+        Data on which accuracy and FLOPs are measured. Required by a callback; `plan` takes it as an argument.
+    calibration : Data, optional
+        Data on which units and tokens are scored. None: the validation data.
+    objective : str or Objective, optional
+        What accuracy is. None: "retrieval" for a dual encoder, else "exact_match".
+    modes : sequence of str, optional
+        Names of `comp.modes.MODES`. None: parameters of vision, language and cross-attention, tokens of vision and
+        language, as far as the model has them.
+    interval : int
+        Training steps of a stage, during which the soft mask falls from 1 to 0.
+    step : float
+        Share of the dense FLOPs that a stage saves, in (0, 1).
+    judged : {"both", "raised", "trained"}
+        When accuracy is measured for a stage's cost, eq. (8): before training, after it, or the mean of both.
+    confirm : bool
+        Evaluate a mode, by replay, before it is pruned, and pass it over if another is then cheaper.
+    rho, tau : float
+        Probability of exploring, and its temperature in stages, eq. (9); ``rho=0``: greedy.
+    history_weight, horizon : float, int
+        l0 and I_max of the cost history, eq. (10).
+    cip : bool
+        Weight activations by token importance, eq. (4), not eq. (3).
+    cit : bool
+        Ignore pruned heads in token importance, eq. (7), not eq. (6).
+    hold : bool
+        Let token thresholds follow when heads are pruned, so that as many tokens are kept as before.
+    tokens : {"threshold", "keep"}
+        Drop tokens in the end by threshold, sample by sample, or the mean number of that in each block.
+    seed : int
+        Seed of the exploration.
+    batch_size : int
+        Samples run at once where nothing is trained.
+
+    Attributes
+    ----------
+    history : list of dict
+        What was pruned in each stage, and why.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._stages: Stages | None = None
-        self._past: list[dict[str, Any]] = []  # the history, once there is no run
-        self._kept: dict[str, Any] = {}  # the state, once there is no run
+        self._past: list[dict[str, Any]] = []  # the history, once the run is over
+        self._kept: dict[str, Any] = {}  # the state, once the run is over
         self._board: Board | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What happened in each stage so far, or in the last run."""
+        """Records of the stages closed so far, or of those of the last run."""
         return self._stages.history if self._stages is not None else self._past
 
     # --- without training --------------------------------------------------------------------------------------------
 
     def plan(self, model: nn.Module, data: Data, *, progress: Progress | None = None) -> Plan:
-        """What goes, without training; the model is not changed.
+        """Plan the pruning without training; the model is not changed.
 
-        data  the validation data, and what is scored unless the field ``calibration`` says otherwise
+        Parameters
+        ----------
+        model : nn.Module
+            A transformers model of one of the supported families.
+        data : Data
+            Validation data, unless the field ``validation`` is set; units and tokens are scored on it too, unless the
+            field ``calibration`` is.
+        progress : Progress, optional
+            Called after each stage.
 
-        Raises ValueError for ``train=True``, a target that cannot be reached, a model without any of the modes, and an
-        accuracy that is not finite.
+        Returns
+        -------
+        Plan
+            Heads and neurons to remove, and the tokens' thresholds or shares.
+
+        Raises
+        ------
+        ValueError
+            ``train=True``, a target that cannot be reached, a model without any of the modes, or an accuracy that is
+            not finite.
         """
         if self.train:
             raise ValueError("train: True, expected False for a plan at once; give a Trainer this callback to train")
@@ -77,6 +142,7 @@ class CoMP(Settings, TrainerCallback, ExportableState):
             self.detach()
 
     def _begin(self, model: nn.Module, validation: Data | None) -> Stages:
+        """Start the stages on a model: install the masks and measure the dense model."""
         if validation is None:
             raise ValueError("validation: None, expected data to measure accuracy on: CoMP(validation=load_data(...))")
         self.detach()
@@ -85,7 +151,7 @@ class CoMP(Settings, TrainerCallback, ExportableState):
         return self._stages
 
     def detach(self) -> None:
-        """Take the hooks off the model; what they masked counts again. Training does so at its end."""
+        """Remove all hooks, and with them all masks, from the model. The end of training does so."""
         if self._stages is not None:
             self._past = self._stages.history
             self._stages.patches.undo()
@@ -96,6 +162,7 @@ class CoMP(Settings, TrainerCallback, ExportableState):
     # --- as a callback -----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Start the stages, or resume them from the checkpoint's state."""
         model = getattr(model, "pruned", model)
         if not self.train:
             raise ValueError("train: False, expected True for a callback of a Trainer; `plan` prunes without training")
@@ -112,6 +179,7 @@ class CoMP(Settings, TrainerCallback, ExportableState):
             raise ValueError(f"the checkpoint of step {state.global_step} holds no state of {type(self).__name__}")
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Open and close stages, and lower the soft mask of what the open stage prunes."""
         run = self._stages
         if run is None or run.frozen:
             return
@@ -125,6 +193,7 @@ class CoMP(Settings, TrainerCallback, ExportableState):
         run.soften(1 - (done + 1) / run.length)
 
     def _close_stage(self, run: Stages, state: TrainerState) -> None:
+        """Close the open stage and log its numbers."""
         run.close_stage(state.global_step)
         thresholds = {name: mode.threshold for name, mode in run.modes.items()}
         found = of_stage(self.history[-1], thresholds, run.strategy.costs)
@@ -133,6 +202,7 @@ class CoMP(Settings, TrainerCallback, ExportableState):
             self._board.write(found, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Close the last stage, remove the hooks and apply the plan."""
         run = self._stages
         if run is None:
             return
@@ -147,9 +217,9 @@ class CoMP(Settings, TrainerCallback, ExportableState):
                 stacklevel=2,
             )
         self.detach()
-        # No width is rounded up: a neuron that the model was trained without should not come back.
+        # No width is rounded up: that would restore neurons that the model was trained without.
         apply(model, plan, self.calibration or self.validation, round_to=1)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of the Trainer keeps: plain data."""
+        """Return what a checkpoint of the Trainer stores, as plain data."""
         return {"args": {}, "attributes": self._stages.state() if self._stages is not None else self._kept}

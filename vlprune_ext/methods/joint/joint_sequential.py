@@ -11,7 +11,20 @@ from .comp import CoMP
 
 @dataclass(kw_only=True, eq=False)
 class JointSequential(CoMP):
-    """Parameters until half of the FLOPs are saved, then tokens."""
+    """Prune parameters until half of the FLOPs reduction is reached, then tokens.
+
+    A baseline of CoMP: one threshold for all heads and neurons, one for all tokens; no exploration, no costs.
+
+    Parameters
+    ----------
+    modes, cip, cit, judged, confirm
+        Preset: ``modes=("parameters", "tokens")``, importances by eqs. (3) and (6), accuracy measured after each stage
+        only, no trial of a mode before it is pruned.
+    flops, train, validation, calibration, objective, interval, step, hold, tokens, seed, batch_size
+        As in `Settings`.
+    rho, tau, history_weight, horizon
+        No effect: costs do not decide.
+    """
 
     modes: Sequence[str] | None = ("parameters", "tokens")
     cip: bool = False

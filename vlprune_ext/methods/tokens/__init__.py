@@ -1,1 +1,1 @@
-"""Methods that prune visual tokens while a model runs."""
+"""Methods that prune visual tokens at inference."""

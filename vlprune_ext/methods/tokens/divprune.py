@@ -1,4 +1,4 @@
-"""DivPrune (arXiv 2503.02175): the visual tokens that differ most from each other stay."""
+"""DivPrune (arXiv 2503.02175): keep the most diverse visual tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,20 @@ from .checks import expect_share, expect_whole
 
 @dataclass(frozen=True)
 class DivPrune(DropTokens):
-    """Keep visual tokens chosen one by one, each as far as possible (cosine) from the nearest one chosen before.
+    """Drop redundant visual tokens: keep a diverse subset by greedy max-min cosine distance.
 
-    keep     share of the visual tokens that stay, in (0, 1] (the paper's default is 0.098)
-    layer    the first block that sees fewer tokens; 0, as published: before the language model
+    Tokens are chosen one by one, each as far as possible from the nearest one chosen before.
+
+    Source: DivPrune (arXiv 2503.02175).
+
+    Parameters
+    ----------
+    keep : float
+        Share of the visual tokens that are kept, in (0, 1] (the paper's default is 0.098).
+    layer : int
+        First block that sees fewer tokens; 0, as published: before the language model.
+    positions : {"keep", "renumber"}
+        Position ids of the kept tokens: their own, or renumbered from the pruned block on.
     """
 
     keep: float = 0.5

@@ -1,4 +1,4 @@
-"""FastV (arXiv 2403.06764): visual tokens to which the last token attends least leave after a few blocks."""
+"""FastV (arXiv 2403.06764): drop the visual tokens of least attention after a few blocks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from .checks import expect_share, expect_whole
 
 @dataclass(frozen=True)
 class FastV(DropTokens):
-    """Keep the visual tokens that the last instruction token attends to most, mean of heads, in block ``layer - 1``.
+    """Drop visual tokens after block ``layer - 1`` by the attention that the last instruction token gives them there.
 
-    layer    the first block that sees fewer tokens (the paper's K, 2)
-    keep     share of the visual tokens that stay, in (0, 1] (the paper's 1 - R)
+    The importance score is the mean over heads. With cross-attention (BLIP) all tokens of the question are queries: the
+    last one has not seen more than the others.
 
-    With cross-attention (BLIP) all tokens of the question ask: the last one has not seen more than the others.
+    Source: FastV (arXiv 2403.06764).
+
+    Parameters
+    ----------
+    layer : int
+        First block that sees fewer tokens (the paper's K, 2).
+    keep : float
+        Share of the visual tokens that are kept, in (0, 1] (the paper's 1 - R).
+    positions : {"keep", "renumber"}
+        Position ids of the kept tokens: their own, or renumbered from block ``layer`` on.
     """
 
     layer: int = 2

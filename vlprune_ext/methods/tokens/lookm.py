@@ -1,4 +1,4 @@
-"""LOOK-M (arXiv 2406.18139): text stays in the key-value cache, and what leaves is merged into what stays."""
+"""LOOK-M (arXiv 2406.18139): KV cache eviction of visual tokens, with evicted entries merged into kept ones."""
 
 from __future__ import annotations
 
@@ -17,12 +17,22 @@ from .checks import expect_share, expect_whole
 
 @dataclass(frozen=True)
 class LookM(EvictTokens):
-    """Each head evicts the visual tokens of least accumulated attention, and averages them into those that stay.
+    """Evict visual tokens of least accumulated attention from the KV cache, per head, and merge them into kept entries.
 
-    keep     share of the visual tokens whose entries stay, in (0, 1]. The paper gives a share of all tokens, and ranks
-             every visual token below all text; as long as text fits, that is the same
-    merge    average each evicted key and value into the kept one whose key is nearest (cosine); False: forget it
-    skip     blocks in front that keep all
+    Text entries are always kept. An evicted key and value are averaged into the kept entry whose key is nearest
+    (cosine).
+
+    Source: LOOK-M (arXiv 2406.18139).
+
+    Parameters
+    ----------
+    keep : float
+        Share of the visual tokens whose entries are kept, in (0, 1]. The paper gives a share of all tokens, and ranks
+        every visual token below all text; as long as text fits, that is the same.
+    merge : bool
+        True: merge evicted entries. False: discard them.
+    skip : int
+        First blocks, whose cache is not pruned.
     """
 
     keep: float = 0.5
@@ -48,7 +58,7 @@ class LookM(EvictTokens):
         source = view.visual[:, None] & ~kept
         if valid is None:
             return index, valid, *self._merge(view.keys, view.values, kept, source, index)
-        # Samples that keep different numbers: one by one, since a filler would be kept from joining another.
+        # Samples that keep different numbers are merged one by one: evicted entries that pad `index` must merge too.
         merged = []
         for sample, counted in enumerate(valid):
             here = slice(sample, sample + 1)
@@ -61,6 +71,7 @@ class LookM(EvictTokens):
 
     @staticmethod
     def _merge(keys: Tensor, values: Tensor, kept: Tensor, source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Average the ``source`` entries into the nearest ``kept`` ones; return keys and values at ``index``."""
         shape = (*keys.shape[:2], -1, keys.shape[3])
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         _, match = ops.match_tokens(keys, kept.flatten(0, 1), source=source.flatten(0, 1))

@@ -1,4 +1,4 @@
-"""PLPHP (arXiv 2502.14504): each block's cache keeps as many visual tokens as the block looks at, each head its own."""
+"""PLPHP (arXiv 2502.14504): KV cache pruning per layer and per head, by attention to the image."""
 
 from __future__ import annotations
 
@@ -13,16 +13,27 @@ from .checks import expect_part, expect_share, expect_whole
 
 @dataclass(frozen=True)
 class PLPHP(EvictTokens):
-    """Per-layer, per-head pruning of visual tokens in the key-value cache, after the prefill.
+    """Prune visual tokens from the KV cache after the prefill: retention rate per layer, selection per head.
 
-    keep      share that a block keeps whose attention to visual tokens is ordinary, in (0, 1] (r, 0.4)
-    spread    how much more, or less, of that a block keeps that looks at them much, or little (0.75: 0.7 and 0.1)
-    high      share of the last instruction token's attention from which a block looks much (0.25)
-    low       and below which it looks little (0.1)
-    skip      blocks in front that keep all (2)
+    A layer that attends to the image much keeps more. Within a layer, each head keeps the visual tokens to which the
+    last instruction token attends most; under grouped queries the attention of a key head's queries is summed.
 
-    Numbers as second-hand sources give them. A head keeps those visual tokens to which the last instruction token
-    attends most; under grouped queries the attention of a key head's queries counts together.
+    Source: PLPHP (arXiv 2502.14504); numbers as second-hand sources give them.
+
+    Parameters
+    ----------
+    keep : float
+        Retention rate of a layer of ordinary attention to the image, in (0, 1] (r, 0.4).
+    spread : float
+        Relative change of the rate in layers of high or low attention: ``keep * (1 + spread)`` or ``keep * (1 -
+        spread)`` (0.75: 0.7 and 0.1).
+    high : float
+        Share of the last instruction token's attention that falls on visual tokens, from which a layer counts as high
+        (0.25).
+    low : float
+        The same share, below which a layer counts as low (0.1).
+    skip : int
+        First layers, whose cache is not pruned (2).
     """
 
     keep: float = 0.4

@@ -1,4 +1,4 @@
-"""PyramidDrop (arXiv 2410.17247): FastV in stages, fewer visual tokens the deeper the block."""
+"""PyramidDrop (arXiv 2410.17247): drop visual tokens in stages, more the deeper the block."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from .checks import expect_share
 
 @dataclass(frozen=True)
 class PyramidDrop(DropTokens):
-    """Keep, at each stage, those visual tokens to which the last instruction token attends most in the block before.
+    """Drop visual tokens in stages, by the attention that the last instruction token gives them in the block before.
 
-    keep      share that each stage keeps of what the one before left, in (0, 1] (the paper's lambda, 0.5)
-    layers    the first block of each stage; None: a quarter, half and three quarters of the depth (8, 16, 24 of 32)
+    Source: PyramidDrop (arXiv 2410.17247), published with ``keep=0.5, layers=(8, 16, 24)`` of 32 blocks.
+
+    Parameters
+    ----------
+    keep : float
+        Share of the remaining visual tokens that each stage keeps, in (0, 1] (the paper's lambda, 0.5).
+    layers : tuple of int, optional
+        First block of each stage, ascending. None: a quarter, half and three quarters of the depth.
+    positions : {"keep", "renumber"}
+        Position ids of the kept tokens: their own, or renumbered from the first stage on.
     """
 
     keep: float = 0.5

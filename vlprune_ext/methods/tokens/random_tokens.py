@@ -1,4 +1,4 @@
-"""Random visual tokens stay: what every method of token pruning is to be compared with."""
+"""Random token pruning: the baseline of every token method."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from .checks import expect_share, expect_whole
 
 @dataclass(frozen=True)
 class RandomTokens(DropTokens):
-    """Keep visual tokens drawn at random, by seed and text: the same for a sample in every batch.
+    """Drop random visual tokens, drawn by seed and input ids: the same for a sample in every batch.
 
-    keep     share of the visual tokens that stay, in (0, 1]
-    layer    the first block that sees fewer tokens; 0: before the language model
-    seed     of the draw
+    Parameters
+    ----------
+    keep : float
+        Share of the visual tokens that are kept, in (0, 1].
+    layer : int
+        First block that sees fewer tokens; 0: before the language model.
+    seed : int
+        Seed of the draw.
+    positions : {"keep", "renumber"}
+        Position ids of the kept tokens: their own, or renumbered from block ``layer`` on.
     """
 
     keep: float = 0.5
@@ -42,5 +49,6 @@ class RandomTokens(DropTokens):
         return score.masked_scatter(view.visual, torch.cat(rows).to(score))
 
     def _draw(self, ids: Tensor, count: int) -> Tensor:
+        """Return uniform scores [count] that depend on the seed and one sample's input ids only."""
         key = zlib.crc32(ids.numpy().tobytes(), self.seed)
         return torch.rand(count, generator=torch.Generator().manual_seed(key))

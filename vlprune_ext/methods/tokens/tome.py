@@ -1,4 +1,4 @@
-"""ToMe (arXiv 2210.09461): similar tokens merge within the vision tower."""
+"""ToMe (arXiv 2210.09461): token merging in the vision tower."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from .checks import expect_share
 
 @dataclass(frozen=True)
 class ToMe(MergeTokens):
-    """Merge, in each vision block between attention and MLP, the tokens of even place whose nearest odd one is nearest.
+    """Merge similar tokens in every block of the vision tower, by bipartite soft matching between attention and MLP.
 
-    keep    share of the patches that leave the tower, in (0, 1]
+    Tokens of even place are matched with the nearest of odd place, by the cosine of the keys (mean over heads), and the
+    most similar pairs merge. Averages are weighted by token size, and attention is proportional: a token counts as many
+    times as it has patches. Each block merges the same number (the paper's r), more in the first blocks where the last
+    ones could not do their part, since a block at most halves its tokens. In front of a language model, the merged
+    tokens keep their places, and the other places are dropped before its first block.
 
-    Nearest by the cosine of the keys, mean of heads. Means are weighted by size, and attention counts a token as many
-    times as it has patches. Each block merges as many (the paper's r), more in front where the last ones could not do
-    their part, since a block at most halves its tokens. In front of a language model, the tokens that are left stand
-    where they were, and the others leave before its first block.
+    Source: ToMe (arXiv 2210.09461).
+
+    Parameters
+    ----------
+    keep : float
+        Tokens at the vision tower's end, as a share of its patches, in (0, 1].
     """
 
     keep: float = 0.5
@@ -35,7 +41,7 @@ class ToMe(MergeTokens):
         for block in range(blocks):
             after = blocks - block - 1
             even = left - -(-(left - final) // (after + 1))
-            # What the blocks behind can still bring down to `final`.
+            # The most tokens that the later blocks can still reduce to `final`.
             reachable = final
             for _ in range(after):
                 reachable = 2 * reachable

@@ -1,4 +1,4 @@
-"""VisionZip (arXiv 2412.04467): the tokens that the class token attends to, and means of the others."""
+"""VisionZip (arXiv 2412.04467): dominant visual tokens, and contextual ones that merge the others."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from .checks import expect_part, expect_share
 
 @dataclass(frozen=True)
 class VisionZip(SummariseTokens):
-    """Keep dominant tokens as they are and merge the others into contextual ones, before the language model.
+    """Keep dominant visual tokens and merge the others into contextual ones, before the language model.
 
-    keep          share of the visual tokens that stay, in (0, 1]
-    contextual    share of these that are contextual (the paper: 10 of 64)
+    Dominant tokens receive the most attention of the class token, in the last vision block whose output is read.
+    Contextual tokens are sampled evenly from the others; each remaining token joins the one whose key is nearest
+    (cosine, mean over heads), and their mean takes its place. The released code adds that mean to the contextual token
+    instead of including it.
 
-    Dominant: to which the class token attends most, in the last vision block whose output is read. Contextual: every so
-    many of the others, in order; each other token joins the one whose key is nearest (cosine, mean of heads), and their
-    mean takes its place. The released code adds that mean to the contextual token instead of counting it in.
+    Source: VisionZip (arXiv 2412.04467).
+
+    Parameters
+    ----------
+    keep : float
+        Share of the visual tokens that are kept, in (0, 1].
+    contextual : float
+        Share of the kept tokens that are contextual (the paper: 10 of 64).
+    positions : {"keep", "renumber"}
+        Position ids of the kept tokens: their own, or renumbered.
     """
 
     keep: float = 0.5

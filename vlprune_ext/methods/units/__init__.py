@@ -1,1 +1,1 @@
-"""Methods that remove units."""
+"""Methods that remove units: structured pruning of heads, neurons and layers."""

@@ -1,4 +1,4 @@
-"""Structured magnitude pruning: the baseline that looks at no data."""
+"""Structured magnitude pruning: the baseline without calibration data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,22 @@ from .structured import Structured, Task
 
 @dataclass(kw_only=True)
 class Magnitude(Structured):
-    """Rank modules by the sum of |w| over everything that goes with them (Li et al., arXiv 1608.08710)."""
+    """Prune heads, neuron groups and layers by magnitude: the sum of |w| over all weights removed with each.
 
-    scope: str = "kind"  # sums of |w| of heads and of neurons do not compare
+    Source: Li et al. (arXiv 1608.08710).
+
+    Parameters
+    ----------
+    scope : {"layer", "kind", "tower", "model"}
+        Who competes, as in `Structured`; "kind" by default, since sums of |w| of heads and of neurons are not
+        comparable.
+    steps : int
+        Rounds; 1 by default, since weights do not change between rounds.
+    keep_heads, keep_neurons, keep_layers, towers, stage, cost, neurons_per_group, rewire, objective, batch_size
+        As in `Structured`.
+    """
+
+    scope: str = "kind"  # sums of |w| of heads and of neurons are not comparable
     steps: int = 1  # weights do not change between rounds
 
     def importance(self, task: Task) -> Scores:
@@ -33,6 +46,7 @@ class Magnitude(Structured):
 
 
 def _of_layer(block: Block, task: Task, drop: DropLayer) -> Tensor:
+    """Sum the magnitudes of a layer's remaining units."""
     total = torch.zeros((), dtype=torch.float64)
     for kind, site in block.sites.items():
         left = torch.ones(site.units, dtype=torch.bool)
@@ -43,7 +57,18 @@ def _of_layer(block: Block, task: Task, drop: DropLayer) -> Tensor:
 
 @torch.no_grad()
 def unit_norms(site: Site) -> Tensor:
-    """[units] float64: the sum of |w| of each unit, in the output projection and in what feeds it."""
+    """Sum |w| of each unit, over the output projection and the projections that feed it.
+
+    Parameters
+    ----------
+    site : Site
+        Heads or neurons of one block.
+
+    Returns
+    -------
+    Tensor [units], float64
+        On the CPU.
+    """
     total = site.out.weight.double().abs().sum(0).view(site.units, -1).sum(1)
     for projection in site.inputs:
         rows = projection.weight.double().abs().sum(1)

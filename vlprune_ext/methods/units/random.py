@@ -1,4 +1,4 @@
-"""Random structured pruning: the baseline without which no table is honest."""
+"""Random structured pruning: the baseline that every table needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ from .structured import Structured, Task
 
 @dataclass(kw_only=True)
 class Random(Structured):
-    """Remove modules at random, the same ones for the same seed."""
+    """Prune random heads, neuron groups and layers; the same ones for the same seed.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the draw.
+    scope : {"layer", "kind", "tower", "model"}
+        Who competes, as in `Structured`; "kind" by default.
+    steps : int
+        Rounds; 1 by default.
+    keep_heads, keep_neurons, keep_layers, towers, stage, cost, neurons_per_group, rewire, objective, batch_size
+        As in `Structured`.
+    """
 
     seed: int = 0
     scope: str = "kind"

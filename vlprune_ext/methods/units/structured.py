@@ -1,6 +1,6 @@
-"""What all structured methods share: rank the modules that are left, remove the lowest, and again.
+"""Structured pruning: score the modules that are left, remove the least important, repeat.
 
-A method says how important each module is (`importance`); this file turns that into a plan.
+A method implements `importance`; this file turns it into a plan.
 """
 
 from __future__ import annotations
@@ -31,20 +31,41 @@ STAGES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 @dataclass(kw_only=True)
 class Structured(ABC):
-    """Fields that every structured method has.
+    """Prune heads, neuron groups and layers by an importance score, in rounds.
 
-    keep_heads, keep_neurons, keep_layers   shares kept, in (0, 1]
-    towers             towers to prune; None for all that the objective sees
-    stage              "finetune": width, then depth of the narrowed model; "pretrain": both at once
-    scope              who competes: "layer": the heads of a layer, and its neurons, so that every layer keeps the same
-                       share; "kind": the heads of a tower, and its neurons; "tower": both together, for one budget;
-                       "model": those of all towers. Whole layers always compete with their like
-    cost               "params" or "flops": what a budget counts, and what importance is divided by
-    steps              rounds of ranking and removing; 1 = one-shot
-    neurons_per_group  neurons that go together
-    rewire             sort neurons by importance before grouping them
-    objective          what importance is measured by, where it is measured on data; None: what suits the model
-    batch_size         calibration rows run at once
+    The base of all structured methods.
+
+    Parameters
+    ----------
+    keep_heads, keep_neurons, keep_layers : float
+        Shares of heads, neurons and layers kept in each tower, in (0, 1].
+    towers : sequence of str, optional
+        Towers to prune. None: all that the objective sees.
+    stage : {"finetune", "pretrain"}
+        "finetune": width (heads, neurons), then depth of the narrowed model (MoPE-CLIP, section 3.3). "pretrain": both
+        in one ranking (section 3.2).
+    scope : {"layer", "kind", "tower", "model"}
+        Modules that compete. "layer": the heads of a layer, and its neuron groups, so that every layer keeps the same
+        share; "kind": the heads of a tower, and its neuron groups; "tower": both together, under one budget; "model":
+        those of all towers. Whole layers compete with each other only, within a tower, or for "model" across towers.
+    cost : {"params", "flops"}
+        Unit of the budget, and what importance is divided by in the ranking.
+    steps : int
+        Rounds of scoring and removing, with evenly growing shares; 1 is one-shot.
+    neurons_per_group : int
+        Neurons that are scored and removed together.
+    rewire : bool
+        Sort neurons by importance before grouping them (`rewired_order`).
+    objective : str or Objective, optional
+        What importance is measured by, where it is measured on data. None: "contrastive" for a dual encoder, "lm_loss"
+        for a model that generates.
+    batch_size : int
+        Calibration rows run at once.
+
+    Attributes
+    ----------
+    scores : Scores or None
+        Those of the first round of the last `plan`.
     """
 
     keep_heads: float = 0.5
@@ -78,10 +99,11 @@ class Structured(ABC):
 
     @property
     def name(self) -> str:
+        """Name on the command line and in plans."""
         return type(self).__name__.lower()
 
     def describe(self) -> dict:
-        """The method's name and fields, as plain data."""
+        """Return the method's name and fields, as plain data."""
         fields = {key: value for key, value in asdict(self).items() if key != "scores"}
         if isinstance(self.objective, Objective):
             fields["objective"] = self.objective.name
@@ -91,12 +113,40 @@ class Structured(ABC):
 
     @abstractmethod
     def importance(self, task: Task) -> Scores:
-        """The importance of every candidate of ``task.kinds`` that ``task.plan`` has not removed."""
+        """Score every candidate of ``task.kinds`` that ``task.plan`` has not removed.
+
+        Parameters
+        ----------
+        task : Task
+            The round.
+
+        Returns
+        -------
+        Scores
+            In the order of ``task.candidates()``; higher is more important.
+        """
 
     def plan(self, model: nn.Module, data: Data, *, progress: Progress | None = None) -> Plan:
-        """What to remove. The model is not changed; `scores` keeps those of the first round.
+        """Plan which modules are removed; the model is not changed.
 
-        Raises ValueError for towers the objective does not see, and for data it cannot use.
+        Parameters
+        ----------
+        model : nn.Module
+            A transformers model of one of the supported families.
+        data : Data
+            Calibration data.
+        progress : Progress, optional
+            Called with (done, total, text).
+
+        Returns
+        -------
+        Plan
+            Heads, neurons and layers to remove.
+
+        Raises
+        ------
+        ValueError
+            Towers that the objective does not see, or data that it cannot use.
         """
         anatomy = describe(model)
         objective = objective_named(self.objective, anatomy)
@@ -135,10 +185,11 @@ class Structured(ABC):
     # -- the cut ------------------------------------------------------------------------------------------------------
 
     def _keep(self, kind: str) -> float:
+        """Return the share that is kept of a kind of module."""
         return {"neurons": self.keep_neurons, "layer": self.keep_layers}.get(kind, self.keep_heads)
 
     def _pool_of(self, candidate: Candidate) -> tuple:
-        """Candidates with the same key compete with each other."""
+        """Return a key: candidates of the same key compete with each other."""
         module = candidate.module
         tower = None if self.scope == "model" else module.tower
         if module.kind == "layer":
@@ -148,7 +199,7 @@ class Structured(ABC):
         return (tower, module.kind, module.layer if self.scope == "layer" else None)
 
     def _pools(self, found: list[Candidate], value: Tensor, everything: list[Candidate], share: float) -> Pools:
-        """Who competes, and how many of each pool go by the time ``share`` of the removal is done.
+        """Return who competes, and how many of each pool are removed once ``share`` of the removal is done.
 
         A pool of one kind loses a share of its modules, a pool of several kinds a share of its cost.
         """
@@ -166,11 +217,12 @@ class Structured(ABC):
             else:
                 goal = sum(1 - self._keep(c.module.kind) for c in total) * share
                 budget = math.floor(goal + 0.5) - (len(total) - len(positions))
-            # At least one member of a pool stays: a tower without layers, or a layer without heads, is no model.
+            # At least one member of a pool is kept: a tower without layers, or a layer without heads, is no model.
             pools.append((positions, max(0, min(budget, len(positions) - 1))))
         return pools
 
     def _remove(self, plan: Plan, found: list[Candidate], value: Tensor, pools: Callable[..., Pools]) -> None:
+        """Add the least important candidates of each pool to ``plan``."""
         for positions, budget in pools(found, value):
             for i in order_of(found, value, positions)[:budget]:
                 module = found[i].module
@@ -180,7 +232,22 @@ class Structured(ABC):
 
 
 def order_of(found: list[Candidate], value: Tensor, positions: list[int]) -> list[int]:
-    """``positions`` from least to most important per cost; ties keep their order."""
+    """Rank candidates from least to most important per cost; ties keep their order.
+
+    Parameters
+    ----------
+    found : list of Candidate
+        All M candidates.
+    value : Tensor [M]
+        Their importance.
+    positions : list of int
+        Those to rank.
+
+    Returns
+    -------
+    list of int
+        ``positions``, ranked.
+    """
     costs = torch.tensor([float(found[i].cost) for i in positions], dtype=torch.float64)
     order = torch.sort(value[positions].double() / costs, stable=True).indices
     return [positions[i] for i in order.tolist()]
@@ -188,7 +255,29 @@ def order_of(found: list[Candidate], value: Tensor, positions: list[int]) -> lis
 
 @dataclass(frozen=True)
 class Task:
-    """One round of a structured method: what is to be ranked, and on what."""
+    """One round of a structured method: what is to be scored, and on what data.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    data : Data
+        Calibration data.
+    objective : Objective
+        What importance is measured by.
+    towers, kinds : tuple of str
+        Whose modules are scored, and which kinds of them.
+    groups : Groups
+        Tower -> layer -> group -> neurons.
+    tokens : dict of str to int, or None
+        Tokens of a row of each tower, where costs are FLOPs.
+    plan : Plan
+        Units already removed.
+    pools : callable
+        ``(candidates, importance [M]) -> Pools``: the cut of this round.
+    progress : Progress or None
+        Called with (done, total, text).
+    """
 
     anatomy: Anatomy
     data: Data
@@ -197,15 +286,29 @@ class Task:
     kinds: tuple[str, ...]
     groups: Groups
     tokens: dict[str, int] | None  # of a row of each tower, where costs are FLOPs
-    plan: Plan  # what is already gone
+    plan: Plan  # units already removed
     pools: Callable[[list[Candidate], Tensor], Pools]
     progress: Progress | None
 
     def candidates(self) -> list[Candidate]:
+        """List the modules that are left."""
         return candidates(self.anatomy, self.towers, self.kinds, self.groups, self.plan, self.tokens)
 
     def scores(self, value: Tensor, name: str) -> Scores:
-        """Scores without a measured spread, for methods that look at no samples."""
+        """Wrap importances without a measured error as `Scores`, for methods that look at no samples.
+
+        Parameters
+        ----------
+        value : Tensor [M]
+            Importance of each of `candidates`.
+        name : str
+            What it was measured by.
+
+        Returns
+        -------
+        Scores
+            Of error and count zero.
+        """
         found = self.candidates()
         return Scores(
             modules=[c.module for c in found],
@@ -220,11 +323,12 @@ class Task:
 
 
 def _has_kind(anatomy: Anatomy, towers: Sequence[str], kind: str) -> bool:
+    """Return whether any block of these towers has a site of this kind."""
     return kind == "layer" or any(kind in block.sites for tower in towers for block in anatomy.tower(tower).blocks)
 
 
 def _in_round(progress: Progress | None, number: int, rounds: int) -> Progress | None:
-    """``progress`` whose words begin with the round, where there is more than one."""
+    """Return ``progress`` with the round in front of its text, if there is more than one round."""
     if progress is None or rounds == 1:
         return progress
     return lambda done, total, what: progress(done, total, f"round {number} of {rounds}, {what}")

@@ -16,13 +16,20 @@ from .structured import Structured, Task
 
 @dataclass(kw_only=True)
 class Taylor(Structured):
-    """Rank modules by the gradient of the objective with respect to a gate on each, at one.
+    """Prune heads, neuron groups and layers by the objective's gradient in a gate on each (first-order Taylor).
 
-    The gate multiplies the module's slice of the output projection's input (Michel et al., arXiv 1905.10650, eq. 3;
-    Molchanov et al., arXiv 1906.10771). It estimates the drop that MoPE measures, for one backward pass, but it needs a
-    differentiable objective and the memory of a batch's graph.
+    The gate, at 1, multiplies the module's slice of the output projection's input (Michel et al., arXiv 1905.10650, eq.
+    3; Molchanov et al., arXiv 1906.10771). Its gradient estimates the drop that `MoPE` measures, for one backward pass;
+    it needs a differentiable objective and the memory of a batch's graph.
 
-    per_sample  True: mean over rows of |gradient|; False: |mean over rows|
+    Parameters
+    ----------
+    per_sample : bool
+        True: mean over rows of |gradient|. False: |mean over rows|.
+    objective : str or Objective, optional
+        A differentiable one. None: "contrastive" for a dual encoder, "lm_loss" for a model that generates.
+    keep_heads, keep_neurons, keep_layers, towers, stage, scope, cost, steps, neurons_per_group, rewire, batch_size
+        As in `Structured`.
     """
 
     per_sample: bool = False

@@ -1,1 +1,1 @@
-"""Methods that zero weights."""
+"""Methods that zero single weights: unstructured and n:m pruning."""

@@ -1,4 +1,4 @@
-"""ECoFLaP: layer-wise sparsities from global scores, then local pruning (ICLR 2024, arXiv 2310.02998)."""
+"""ECoFLaP: layer-wise sparsities from global importance scores, then local pruning (ICLR 2024, arXiv 2310.02998)."""
 
 from __future__ import annotations
 
@@ -28,27 +28,59 @@ IMPORTANCES = ("norm", "weighted", "squared")
 
 @dataclass(kw_only=True)
 class ECoFLaP:
-    """Coarse: how sparse each matrix becomes, from its global importance. Fine: which of its weights go.
+    """Prune weights coarse to fine: a sparsity for each matrix from its global importance, then a local criterion.
 
-    sparsity          share of all prunable weights that become zero, in [0, 1)
-    estimator         where sparsities come from: "zeroth-order" (random directions, no gradients), "first-order" (one
-                      gradient), "outliers" (OWL, arXiv 2310.05175), "magnitude" (how many of the smallest weights of
-                      the whole model lie in a matrix), or "uniform": every matrix the same
-    importance        of a matrix with slope s: "norm": s; "weighted": sum |W| s, with s of each weight under first
-                      order, and there the released choice; "squared": sum W^2 s^2
-    granularity       what shares one sparsity: "layer" (a matrix), "block" (the released choice), "model" (a tower).
-                      None: "block" for "outliers", "layer" for the others
-    aggregate         importance of a group: "sum" of its matrices, or "avg", divided by its weights
-    max_sparsity      of any group; None: sparsity + 0.1, the released choice
-    per_tower         every tower keeps its own share, instead of one budget over all
-    draws, eps, seed  of zeroth order; eps None: that of the dtype (`sensitivity.EPS`)
-    realised          divide by the distance that the rounded weights lie apart
-    samples_per_loss  samples averaged before the absolute value of a loss difference is taken; None: all
-    outlier_factor, outlier_range  OWL's M and lambda
-    criterion, pattern, scope, damping, dsnot  the fine stage: `layerwise.Selection`. A pattern fixes every sparsity
-    towers            to prune; None for all that the objective sees
-    objective         the loss; None: what suits the model
-    batch_size        calibration rows run at once
+    The coarse stage measures how much the objective depends on each matrix and allocates sparsities by water-filling;
+    the fine stage (`apply`) prunes block after block by Wanda or another criterion.
+
+    Source: ECoFLaP (ICLR 2024, arXiv 2310.02998). As released: ``granularity="block"``, and for first order
+    ``importance="weighted"``.
+
+    Parameters
+    ----------
+    sparsity : float
+        Share of all prunable weights that become zero, in [0, 1).
+    estimator : str
+        Where sparsities come from. "zeroth-order": loss differences along random directions, no gradients;
+        "first-order": one backward pass; "outliers": OWL (arXiv 2310.05175); "magnitude": how many of the smallest
+        weights of the whole model lie in a matrix; "uniform": the same for every matrix.
+    importance : {"norm", "weighted", "squared"}
+        Importance of a matrix with slope s. "norm": s; "weighted": sum |W| s, with s of each weight under first order,
+        and there the released choice; "squared": sum W^2 s^2.
+    granularity : {"layer", "block", "model"}, optional
+        What shares one sparsity: "layer" (a matrix), "block" (the released choice), "model" (a tower). None: "block"
+        for "outliers", "layer" for the others.
+    aggregate : {"sum", "avg"}
+        Importance of a group: the sum over its matrices, or that divided by its number of weights.
+    max_sparsity : float, optional
+        Upper bound of any group's sparsity. None: ``sparsity + 0.1``, the released choice.
+    per_tower : bool
+        True: every tower has the sparsity ``sparsity``. False: one budget over all towers.
+    draws : int
+        Random directions for each matrix (zeroth order).
+    eps : float, optional
+        Step along a direction (zeroth order). None: by dtype (`sensitivity.EPS`).
+    seed : int
+        Seed of the directions (zeroth order).
+    realised : bool
+        Divide by the distance along the direction between the rounded weights, not by 2 eps (zeroth order).
+    samples_per_loss : int, optional
+        Samples over which a loss difference is averaged before its absolute value is taken (zeroth order). None: all.
+    outlier_factor, outlier_range : float
+        OWL's M and lambda.
+    criterion, pattern, scope, damping, dsnot
+        The fine stage, as in `weights.layerwise.Selection`. A pattern n:m fixes every sparsity.
+    towers : sequence of str, optional
+        Towers to prune. None: all that the objective sees.
+    objective : str or Objective, optional
+        The loss. None: what suits the model.
+    batch_size : int
+        Calibration rows run at once.
+
+    Attributes
+    ----------
+    scores : Scores or None
+        Importance of each matrix, as the last `plan` measured or was given it.
     """
 
     sparsity: float = 0.5
@@ -102,10 +134,11 @@ class ECoFLaP:
 
     @property
     def name(self) -> str:
+        """Name on the command line and in plans."""
         return type(self).__name__.lower()
 
     def describe(self) -> dict:
-        """The method's name and fields, as plain data."""
+        """Return the method's name and fields, as plain data."""
         fields = {k: v for k, v in asdict(self).items() if k != "scores"}
         if isinstance(self.objective, Objective):
             fields["objective"] = self.objective.name
@@ -114,6 +147,7 @@ class ECoFLaP:
         return {"name": self.name, **fields}
 
     def _selection(self, objective: str) -> Selection:
+        """Return the settings of the fine stage."""
         # One that has no name of its own, such as recall at other ranks, leaves the data to the model's.
         named = objective if objective in OBJECTIVES else None
         return Selection(self.criterion, self.pattern, self.scope, self.damping, self.dsnot, self.batch_size, named)
@@ -121,12 +155,29 @@ class ECoFLaP:
     def plan(
         self, model: nn.Module, data: Data, *, scores: Scores | None = None, progress: Progress | None = None
     ) -> Plan:
-        """A sparsity for every matrix. No weight is written; `scores` keeps what was measured.
+        """Plan a sparsity for every matrix; no weight is written.
 
-        scores  what `score` gave before, for instance for another sparsity; None measures
+        Parameters
+        ----------
+        model : nn.Module
+            A transformers model of one of the supported families.
+        data : Data
+            Calibration data.
+        scores : Scores, optional
+            What `score` returned, for instance for another sparsity. None: measure.
+        progress : Progress, optional
+            Called with (done, total, text).
 
-        Raises ValueError for towers the objective does not see or that have no prunable weights, weights or losses that
-        are not finite, widths that the pattern does not divide, and scores of other matrices.
+        Returns
+        -------
+        Plan
+            Parameter name -> sparsity, and the settings of the fine stage.
+
+        Raises
+        ------
+        ValueError
+            Towers that the objective does not see or that have no prunable weights, weights or losses that are not
+            finite, widths that the pattern does not divide, or scores of other matrices.
         """
         anatomy, objective, chosen = self._task(model, data)
         self.scores = None
@@ -153,16 +204,33 @@ class ECoFLaP:
         )
 
     def score(self, model: nn.Module, data: Data, *, progress: Progress | None = None) -> Scores:
-        """The importance of every matrix; it does not depend on the sparsity. No weight is written.
+        """Measure the importance of every matrix; it does not depend on the sparsity, and no weight is written.
 
-        Raises ValueError as `plan`, and for an estimator that measures nothing.
+        Parameters
+        ----------
+        model : nn.Module
+            A transformers model of one of the supported families.
+        data : Data
+            Calibration data.
+        progress : Progress, optional
+            Called with (done, total, text).
+
+        Returns
+        -------
+        Scores
+            One value for each matrix, in the unit of the estimator.
+
+        Raises
+        ------
+        ValueError
+            As `plan`, and an estimator that measures nothing.
         """
         if self.estimator in ("uniform", "magnitude"):
             raise ValueError(f"estimator: {self.estimator!r} has no scores")
         return self._score(*self._task(model, data), data, progress)
 
     def _task(self, model: nn.Module, data: Data) -> tuple[Anatomy, Objective, list[Matrix]]:
-        """What is looked at: checked."""
+        """Return the model's anatomy, the objective and the matrices to prune, all checked."""
         anatomy = describe(model)
         objective = objective_named(self.objective, anatomy)
         for tower in self.towers or ():
@@ -175,7 +243,7 @@ class ECoFLaP:
     # -- coarse -------------------------------------------------------------------------------------------------------
 
     def _groups(self, chosen: Sequence[Matrix]) -> list[list[int]]:
-        """Positions in ``chosen`` that share one sparsity."""
+        """Return the groups of positions in ``chosen`` that share one sparsity."""
         granularity = self.granularity or ("block" if self.estimator == "outliers" else "layer")
         groups: dict[tuple, list[int]] = {}
         for i, matrix in enumerate(chosen):
@@ -186,6 +254,7 @@ class ECoFLaP:
     def _score(
         self, anatomy: Anatomy, objective: Objective, chosen: Sequence[Matrix], data: Data, progress: Progress | None
     ) -> Scores:
+        """Measure the importance of every matrix with the estimator."""
         unknown = torch.full((len(chosen),), math.nan, dtype=torch.float64)
         block_runs = 0
         if self.estimator == "outliers":
@@ -231,7 +300,7 @@ class ECoFLaP:
         )
 
     def _of_the_smallest(self, chosen: Sequence[Matrix]) -> list[float]:
-        """Each matrix' share of itself among the smallest |w| of all: global magnitude, or of each tower."""
+        """Return each matrix' share of entries among the smallest |w| of the whole model, or of its tower."""
         sparsity = [0.0] * len(chosen)
         for budget in self._budgets(chosen, [[i] for i in range(len(chosen))]):
             weights = [chosen[i].weight.detach() for i in budget]
@@ -242,7 +311,7 @@ class ECoFLaP:
         return sparsity
 
     def _shares(self, chosen: Sequence[Matrix], measured: Sequence[float]) -> list[float]:
-        """The sparsity of each matrix, from its importance."""
+        """Return the sparsity of each matrix, from its importance."""
         groups = self._groups(chosen)
         sizes = [sum(chosen[i].weight.numel() for i in members) for members in groups]
         sparsity = [0.0] * len(chosen)
@@ -254,7 +323,7 @@ class ECoFLaP:
     def _keeps(
         self, chosen: Sequence[Matrix], groups: list[list[int]], sizes: list[int], measured: Sequence[float]
     ) -> list[int]:
-        """Kept weights of each group, from what was measured of each matrix."""
+        """Return the kept weights of each group, from the importance of each matrix."""
         of_group = [sum(measured[i] for i in members) for members in groups]
         if self.aggregate == "avg" or self.estimator == "outliers":
             of_group = [value / size for value, size in zip(of_group, sizes, strict=True)]
@@ -271,7 +340,7 @@ class ECoFLaP:
         return keeps
 
     def _budgets(self, chosen: Sequence[Matrix], groups: list[list[int]]) -> list[list[int]]:
-        """Groups that compete with each other."""
+        """Return the groups that compete for one budget."""
         if not self.per_tower:
             return [list(range(len(groups)))]
         towers: dict[str, list[int]] = {}
@@ -282,7 +351,7 @@ class ECoFLaP:
     def _outliers(
         self, anatomy: Anatomy, objective: Objective, data: Data, chosen: Sequence[Matrix], progress: Progress | None
     ) -> Tensor:
-        """How many of Wanda's scores of each matrix of the dense model lie above M times their mean (OWL)."""
+        """Count the dense Wanda scores of each matrix above M times their mean (OWL)."""
         check_finite(anatomy, objective, data, self.batch_size)
         counts: dict[str, int] = {}
         walk = walk_inputs(anatomy, objective, data, chosen, batch_size=self.batch_size, progress=progress)
@@ -293,9 +362,9 @@ class ECoFLaP:
         return torch.tensor([counts[matrix.name] for matrix in chosen], dtype=torch.float64)
 
     def _owl(self, ratio: Sequence[float], sizes: Sequence[int], keep: int, floors: Sequence[int]) -> list[int]:
-        """Kept weights of each group: outlier ratios stretched to 2 lambda, at the level at which they sum to keep.
+        """Return the kept weights of each group: outlier ratios stretched to 2 lambda, shifted to sum to ``keep``.
 
-        Where no group is at a bound, that is (1 - sparsity) plus the stretched ratio minus its mean.
+        Where no group is at a bound, the share kept is (1 - sparsity) plus the stretched ratio minus its mean.
         """
         least, most = min(ratio), max(ratio)
         above = [2 * self.outlier_range * (r - least) / (most - least) if most > least else 0.0 for r in ratio]
