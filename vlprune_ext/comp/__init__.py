@@ -1,4 +1,4 @@
-"""CoMP (arXiv 2604.02956), piece by piece: what a mode's units are worth, and which mode is pruned next."""
+"""CoMP (arXiv 2604.02956) in parts: masks, importance of units and tokens, costs of modes, and the mode strategy."""
 
 from ..tokens.importance import token_importance
 from .flops import block_flops

@@ -1,4 +1,4 @@
-"""The masks of a model that is being pruned: M^p on its heads and neurons, M^t on its tokens (eq. 1)."""
+"""Masks of a model that is being pruned, eq. (1): M^p on its heads and neurons, M^t on its tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,21 @@ from .importance import ChannelImportance, token_weights
 
 
 class Masks:
-    """Soft masks in a running model; its weights are not written.
+    """Apply soft masks to a running model, through its forwards; no weight is written.
 
-    units  (tower, layer, kind of site) -> [units] fp32, how much each counts in its output projection; sites that are
-           not named are whole
-    flow   the tokens
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    heads_vote : bool
+        True: head masks weigh the attention in token importance, eq. (7). False: eq. (6).
+
+    Attributes
+    ----------
+    units : dict of (tower, layer, kind) to Tensor [units], fp32
+        Soft mask of each site's units at its output projection, in [0, 1]. Sites not named are unmasked.
+    flow : TokenFlow
+        The token masks.
     """
 
     def __init__(self, anatomy: Anatomy, *, heads_vote: bool = True) -> None:
@@ -39,18 +49,24 @@ class Masks:
         self.flow = TokenFlow(anatomy, head_masks=self._votes if heads_vote else lambda tower, layer: None)
 
     def install(self, patches: Patches) -> None:
-        """Put the hooks in place, for as long as ``patches`` lives."""
+        """Register the hooks.
+
+        Parameters
+        ----------
+        patches : Patches
+            Removes them when it ends.
+        """
         for key, site in self.sites.items():
             patches.forward(site.out, self._project(key, site))
         self.flow.install(patches)
 
     def kept(self) -> dict[Unit, int]:
-        """How many units of each masked site count at all."""
+        """Count the units of each masked site whose mask is above 0."""
         return {key: int((mask > 0).sum()) for key, mask in self.units.items()}
 
     @contextmanager
     def hardened(self) -> Iterator[None]:
-        """What counts less, be it a unit or a token, does not count at all."""
+        """Binarise all masks while the context lasts: units and tokens below 1 are masked completely."""
         before = self.units
         self.units = {key: (mask == 1).float() for key, mask in before.items()}
         try:
@@ -60,9 +76,11 @@ class Masks:
             self.units = before
 
     def _votes(self, tower: str, layer: int) -> Tensor | None:
+        """Return a block's head mask [H], or None if its heads are unmasked."""
         return self.units.get((tower, layer, "head"))
 
     def _project(self, key: Unit, site: Site):
+        """Return a forward of the site's output projection with masked columns."""
         plain = site.out.forward
 
         def project(x: Tensor) -> Tensor:
@@ -75,26 +93,44 @@ class Masks:
 
 
 def masked_columns(weight: Tensor, mask: Tensor, width: int) -> Tensor:
-    """M^p of eq. (1), where it costs least: ``(X ⊙ M) W^T = X (W ⊙ M)^T``.
+    """Mask the columns of an output projection: M^p of eq. (1), as ``(X ⊙ M) W^T = X (W ⊙ M)^T``.
 
-    weight [D, units * width] of an output projection, mask [units]. A batch has more activations than it has weights.
+    Cheaper than masking X: a batch has more activations than the projection has weights.
+
+    Parameters
+    ----------
+    weight : Tensor [D, units * width]
+        The output projection.
+    mask : Tensor [units]
+        M, in [0, 1].
+    width : int
+        Columns of a unit.
+
+    Returns
+    -------
+    Tensor [D, units * width]
+        In the dtype of ``weight``.
     """
     return weight * mask.to(weight.dtype).repeat_interleave(width)
 
 
 @dataclass
 class Findings:
-    """What one pass over data found out under the masks as they are.
+    """Importances that one pass over data measured, under the masks as they were.
 
-    units   (tower, layer, kind) -> [units] fp32, eq. (3) or (4), the mean over a unit's channels
-    tokens  tower -> for each batch, for each block: the tokens at its door and their importance [B, T]
+    Parameters
+    ----------
+    units : dict of (tower, layer, kind) to Tensor [units], fp32
+        Eq. (3) or (4), averaged over a unit's channels.
+    tokens : dict of str to list of list of (Tokens, Tensor [B, T])
+        Tower -> batch -> block: the tokens that enter it and their importance.
     """
 
     units: dict[Unit, Tensor] = field(default_factory=dict)
     tokens: dict[str, list[list[tuple[Tokens, Tensor]]]] = field(default_factory=dict)
 
     def load(self) -> Load:
-        """The tokens that ran."""
+        """Return the token counts of the pass."""
         return Load(
             {
                 tower: [torch.cat([tokens.alive.sum(1) for tokens, _ in block]) for block in zip(*of, strict=True)]
@@ -107,10 +143,22 @@ class Findings:
 def examine(
     masks: Masks, objective: Objective, batches: Mapping[str, list[dict[str, Tensor]]], *, weigh_tokens: bool = True
 ) -> Findings:
-    """Measure what units and tokens are worth, in one run over the data; the masks have to be installed.
+    """Measure the importance of all units and tokens in one pass over the data, under the installed masks.
 
-    batches       tower -> what the objective feeds it, as `inputs_of` gives
-    weigh_tokens  units by eq. (4); False: by eq. (3)
+    Parameters
+    ----------
+    masks : Masks
+        Installed.
+    objective : Objective
+        Decides what runs.
+    batches : mapping of str to list of dict
+        Tower -> its model inputs (`inputs_of`).
+    weigh_tokens : bool
+        True: units by eq. (4). False: by eq. (3).
+
+    Returns
+    -------
+    Findings
     """
     anatomy, flow = masks.anatomy, masks.flow
     channels = {key: ChannelImportance(site.out.weight) for key, site in masks.sites.items()}
@@ -156,12 +204,29 @@ def examine(
     for key, of in channels.items():
         if of.samples:
             value = of.value().view(-1, masks.sites[key].width).mean(1)
-            found.units[key] = value * masks.units.get(key, 1.0)  # the norm of what is masked
+            found.units[key] = value * masks.units.get(key, 1.0)  # the norm of the masked activations
     return found
 
 
 def inputs_of(
     anatomy: Anatomy, objective: Objective, data: Data, batch_size: int
 ) -> dict[str, list[dict[str, Tensor]]]:
-    """Tower -> what an objective feeds it; one tower where a run of it is a run of the whole model."""
+    """Return what an objective feeds each tower; one tower where its rows are runs of the whole model.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    objective : Objective
+        Decides what each tower is fed.
+    data : Data
+        The samples.
+    batch_size : int
+        Rows of a batch.
+
+    Returns
+    -------
+    dict of str to list of dict
+        Tower -> batch -> model inputs.
+    """
     return {tower: objective.batches(anatomy, tower, data, batch_size) for tower in objective.runs(anatomy)}

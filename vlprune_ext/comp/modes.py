@@ -1,6 +1,6 @@
-"""Modes: what CoMP can prune more of, each behind one threshold.
+"""Modes of CoMP: units or tokens that one threshold prunes further.
 
-A new kind (the sparsity of weights, their bit width) is one more `Mode` and an entry of `MODES`.
+A new kind (weight sparsity, bit width) is one more `Mode` and an entry of `MODES`.
 """
 
 from __future__ import annotations
@@ -20,77 +20,102 @@ from ..units.surgery import removable
 from .flops import Load, Unit
 from .masks import Findings, Masks
 
-LEVEL = 0.01  # how near `level` has to come
-BITE = 1 / 8  # of all that a mode could save from the dense model, what one stage takes at most
+LEVEL = 0.01  # tolerance of `level`
+BITE = 1 / 8  # most that one stage takes of a mode's capacity
 
 
 class Mode(ABC):
-    """One thing that can be pruned further.
+    """A set of units or tokens that is pruned by raising one threshold.
 
-    A threshold rises; what it passes is *going*, and counts less and less (`soften`) until it is *gone* (`settle`).
+    What a raised threshold passes is *going*: its soft mask falls (`soften`) until it is *gone* (`settle`), or is
+    restored (`withdraw`).
     """
 
     name: str
-    capacity: float | None = None  # FLOPs that it could save from the dense model; known once it was asked to
+    capacity: float | None = None  # FLOPs that it can save from the dense model; set by the first `raise_threshold`
 
     @abstractmethod
     def raise_threshold(self, found: Findings, budget: Budget, goal: float) -> float:
-        """Raise it just so far that what is going then saves ``goal`` FLOPs, or all that can go.
+        """Raise the threshold just so far that what is going saves ``goal`` FLOPs, or all that can be saved.
 
-        Returns what it is going to save; 0 if nothing can go, and then nothing changes. Small modes take small
-        steps, no more than `BITE` of their capacity, unless the goal is infinite.
+        A stage takes at most `BITE` of the mode's capacity, so that small modes take small steps, unless the goal is
+        infinite.
+
+        Parameters
+        ----------
+        found : Findings
+            Importances under the current masks.
+        budget : Budget
+            The FLOPs of the model.
+        goal : float
+            FLOPs of one sample.
+
+        Returns
+        -------
+        float
+            FLOPs that will be saved; 0, without any change, if nothing can be pruned.
         """
 
     @abstractmethod
     def soften(self, counts: float) -> None:
-        """Let what is going count so much, from 1 down to 0."""
+        """Set the soft mask of what is going, from 1 down to 0."""
 
     @abstractmethod
     def settle(self) -> None:
-        """What is going is gone."""
+        """Prune what is going for good: its mask is 0."""
 
     @abstractmethod
     def withdraw(self) -> None:
-        """The threshold is where it was before it was raised."""
+        """Restore the threshold, and the masks, from before it was raised."""
 
     @property
     @abstractmethod
     def threshold(self) -> float:
-        """Where it is; minus infinity while nothing is going or gone."""
+        """The threshold; minus infinity, or 0 for tokens, before it was raised."""
 
     @abstractmethod
     def towers(self) -> tuple[str, ...]:
-        """The towers whose outputs change with it."""
+        """Return the towers whose outputs the mode changes."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Plain data, from which `load` goes on."""
+        """Return the mode's state as plain data, for `load`."""
 
     @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
-        """Be what `state` was taken of."""
+        """Restore what `state` returned."""
 
     @abstractmethod
     def write(self, plan: Plan, found: Findings | None) -> None:
-        """Add to a plan what is gone. ``found``: as it is now, where tokens leave by number, not by threshold."""
+        """Add what is gone to ``plan``; ``found``: importances, given where tokens are dropped by number."""
 
 
 class Budget:
-    """FLOPs of the model under its masks, and what they would be with fewer units or tokens.
+    """Predict the FLOPs of the masked model with fewer units or tokens.
 
-    total   (kept, load) -> FLOPs of one sample
-    load    the tokens that ran through the blocks when last measured
+    Parameters
+    ----------
+    masks : Masks
+        The current masks.
+    total : callable
+        (kept, load) -> FLOPs of one sample.
+    load : Load
+        Token counts when last measured.
     """
 
     def __init__(self, masks: Masks, total: Callable[[dict[Unit, int], Load], float], load: Load) -> None:
         self.masks, self.total, self.load = masks, total, load
 
     def with_units(self, kept: dict[Unit, int]) -> float:
-        """FLOPs if some sites kept so many units."""
+        """Return the FLOPs if these sites had so many units, ``kept``: (tower, layer, kind) -> units."""
         return self.total({**self.masks.kept(), **kept}, self.load)
 
     def with_tokens(self, shares: dict[str, list[float]], left: dict[str, float]) -> float:
-        """FLOPs if, of the tokens that enter the blocks of some towers, only so many did."""
+        """Return the FLOPs if these towers had other token counts.
+
+        shares  tower -> for each block, the factor of the tokens that enter it
+        left    tower -> the factor of the tokens that leave its last block
+        """
         entered, after = dict(self.load.entered), dict(self.load.left)
         for tower, of_blocks in shares.items():
             entered[tower] = [n * s for n, s in zip(self.load.entered[tower], of_blocks, strict=True)]
@@ -104,10 +129,10 @@ class Budget:
 
 
 class UnitMode(Mode):
-    """Heads and neurons of some sites.
+    """Prune heads and neurons of some sites under one threshold.
 
-    Their scores compete after each kind of site is standardised: a head's is a mean over channels and spreads less. The
-    best unit of a site always stays.
+    Scores compete after standardisation within each kind of site: a head's is a mean over channels and spreads less.
+    The best unit of a site is always kept.
     """
 
     def __init__(self, name: str, masks: Masks, units: Iterable[Unit]) -> None:
@@ -150,7 +175,7 @@ class UnitMode(Mode):
         return saves
 
     def _ranking(self, found: Findings) -> list[tuple[float, Unit, int]]:
-        """(standardised score, site, unit) of what can go, the least first."""
+        """Return (standardised score, site, unit) of the units that can be pruned, ascending."""
         scores = {key: found.units[key].double().cpu() for key in self.units if key in found.units}
         standard: dict[Unit, Tensor] = {}
         for kind in {kind for _, _, kind in scores}:
@@ -220,7 +245,7 @@ class UnitMode(Mode):
 
 
 class TokenMode(Mode):
-    """Tokens of some towers, sample by sample: those whose importance in any block is at most the threshold."""
+    """Prune tokens of some towers, sample by sample: those whose importance in any block is at most the threshold."""
 
     def __init__(self, name: str, masks: Masks, towers: Iterable[str]) -> None:
         self.name, self.masks = name, masks
@@ -255,9 +280,9 @@ class TokenMode(Mode):
         return saves
 
     def hold(self, running: Callable[[], Load], wanted: Load) -> None:
-        """Move the threshold so that as many tokens run as in ``wanted``; nothing of it may be going.
+        """Move the threshold so that as many tokens run as in ``wanted``; none may be going.
 
-        running  tells how many run under the masks as they are
+        running  returns the token counts under the current masks
         """
         number = self._number(wanted)
 
@@ -268,13 +293,13 @@ class TokenMode(Mode):
         level(self.limit.gone, missing)
 
     def place(self, threshold: float) -> None:
-        """Have it here, or at 1, the most that there is; nothing is going."""
+        """Set the threshold, at most 1, and mask what is below it at once."""
         threshold = min(threshold, 1.0)
         self.limit = Threshold(going=threshold, gone=threshold)
         self.soften(0.0)
 
     def _number(self, load: Load) -> float:
-        """Tokens of a mean sample, in all blocks together."""
+        """Return the tokens of a mean sample, summed over all blocks that are read."""
         return sum(
             float(entered.double().mean())
             for tower in self._towers
@@ -282,12 +307,12 @@ class TokenMode(Mode):
         )
 
     def _entering(self, tower: str, threshold: float, found: Findings) -> Tensor:
-        """[depth + 1] tokens that enter each block that is read, and leave the last of them, under a threshold."""
+        """Return the tokens that enter each block that is read, and leave the last, under a threshold, [depth + 1]."""
         depth = self.masks.anatomy.tower(tower).depth
         return torch.stack([_passing(blocks[:depth], threshold) for blocks in found.tokens[tower]]).sum(0)
 
     def _flops_at(self, threshold: float, before: dict[str, Tensor], found: Findings, budget: Budget) -> float:
-        """FLOPs with another threshold, told from the importances of tokens that are still there."""
+        """Predict the FLOPs under another threshold, from the importances of the remaining tokens."""
         shares: dict[str, list[float]] = {}
         left: dict[str, float] = {}
         for tower in self._towers:
@@ -298,7 +323,7 @@ class TokenMode(Mode):
         return budget.with_tokens(shares, left)
 
     def _beyond(self, shares: dict[str, list[float]], left: dict[str, float], found: Findings) -> None:
-        """Patches that leave a vision tower do not enter the language model either."""
+        """Scale the language model's token counts too: visual tokens pruned in the vision tower never enter it."""
         visual = self.masks.anatomy.family.visual
         if visual is None or visual.reader or "vision" not in left or visual.tower not in found.tokens:
             return
@@ -344,11 +369,16 @@ class TokenMode(Mode):
 
 
 def level(at: float, missing: Callable[[float], float]) -> None:
-    """Try thresholds, from ``at`` > 0 on, until next to nothing is missing; the last that was tried counts.
+    """Search, by false position, the threshold at which almost nothing (`LEVEL`) is missing; the last one tried is set.
 
-    missing  threshold -> share of what there should be, negative if there is too much; it rises with the threshold
+    Parameters
+    ----------
+    at : float
+        First threshold, above 0.
+    missing : callable
+        Sets a threshold and returns the missing share, negative for an excess; rising with the threshold.
     """
-    high: tuple[float, float] | None = None  # a threshold, and what is missing there
+    high: tuple[float, float] | None = None  # (threshold, missing share)
     low: tuple[float, float] | None = None
     for _ in range(8):
         found = missing(at)
@@ -364,9 +394,9 @@ def level(at: float, missing: Callable[[float], float]) -> None:
 
 
 def _passing(blocks: list[tuple[Tokens, Tensor]], threshold: float, *, free: bool = False) -> Tensor:
-    """[blocks + 1] how many tokens of a batch enter each block, and leave the last, under another threshold.
+    """Count a batch's tokens that enter each block, and leave the last, under another threshold, [blocks + 1].
 
-    What is left shares the importance of what left before. free: count only those that may leave.
+    Remaining tokens share the importance of dropped ones. ``free``: count only tokens that may be dropped.
     """
     alive = blocks[0][0].alive
     counts = []
@@ -383,6 +413,8 @@ def _passing(blocks: list[tuple[Tokens, Tensor]], threshold: float, *, free: boo
 
 
 def _unit_mode(name: str, wanted: Callable[[str, str], bool]) -> Callable[[Masks], Mode | None]:
+    """Return a builder of the `UnitMode` of the removable sites that ``wanted`` (tower, kind) selects."""
+
     def build(masks: Masks) -> Mode | None:
         units = [key for key, site in masks.sites.items() if wanted(key[0], key[2]) and removable(site)]
         return UnitMode(name, masks, units) if units else None
@@ -391,6 +423,8 @@ def _unit_mode(name: str, wanted: Callable[[str, str], bool]) -> Callable[[Masks
 
 
 def _token_mode(name: str, wanted: Callable[[str], bool]) -> Callable[[Masks], Mode | None]:
+    """Return a builder of the `TokenMode` of the towers that ``wanted`` selects."""
+
     def build(masks: Masks) -> Mode | None:
         towers = [tower for tower in masks.flow.towers if wanted(tower)]
         return TokenMode(name, masks, towers) if towers else None
@@ -398,7 +432,7 @@ def _token_mode(name: str, wanted: Callable[[str], bool]) -> Callable[[Masks], M
     return build
 
 
-# Name -> what makes the mode of a model, or None if it has nothing of the kind. The first five are CoMP's.
+# Name -> builder of a model's mode; the builder returns None if the model has none. The first five are CoMP's.
 MODES: dict[str, Callable[[Masks], Mode | None]] = {
     "vision parameters": _unit_mode("vision parameters", lambda tower, kind: tower == "vision"),
     "language parameters": _unit_mode(

@@ -1,4 +1,4 @@
-"""The numbers of a stage: for the Trainer's log and, where it reports to it, TensorBoard."""
+"""Scalars of a stage, for the Trainer's log and, where it reports to it, TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 def of_stage(entry: Mapping[str, Any], thresholds: Mapping[str, float], costs: Mapping[str, float]) -> dict[str, float]:
-    """Name -> number, all finite: of an entry of the history, and each mode's threshold and R when it was over."""
+    """Return the scalars of a closed stage, those that are finite.
+
+    Parameters
+    ----------
+    entry : mapping
+        The stage's entry of the history.
+    thresholds : mapping of str to float
+        Mode -> threshold after the stage.
+    costs : mapping of str to float
+        Mode -> R after the stage.
+
+    Returns
+    -------
+    dict of str to float
+        Tag ("comp/..") -> number.
+    """
     found = {
         "comp/accuracy": entry["accuracy"][1],
         "comp/flops": entry["flops"][1],
@@ -25,10 +40,15 @@ def of_stage(entry: Mapping[str, Any], thresholds: Mapping[str, float], costs: M
 
 
 class Board:
-    """Writes into TensorBoard, if the Trainer reports to it and this is the first process.
+    """Write scalars to TensorBoard, if the Trainer reports to it and this is the first process.
 
-    The Trainer's own callback has its turn first and takes nothing from others. So this one writes beside it, into the
+    The Trainer's own callback runs first and takes no scalars from others. So this one writes beside it, into the
     folder ``comp`` of its run: of several files in one folder TensorBoard may follow only the newest.
+
+    Parameters
+    ----------
+    args, state, control : TrainingArguments, TrainerState, TrainerControl
+        The Trainer's, when training begins.
     """
 
     def __init__(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -43,17 +63,19 @@ class Board:
         self.callback.on_train_begin(args, state, control)
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
+        """Write scalars, tag -> number, at a training step."""
         if self.callback is not None:
             for name, value in scalars.items():
                 self.callback.tb_writer.add_scalar(name, value, step)
             self.callback.tb_writer.flush()
 
     def close(self) -> None:
+        """Close the writer."""
         if self.callback is not None:
             self.callback.tb_writer.close()
 
 
 def _latest(runs: Path) -> Path | None:
-    """The folder that the Trainer's callback made a moment ago; its name is a time, which is over."""
+    """Return the newest folder in ``runs``: its name is a time, and the Trainer's callback has just made it."""
     found = [path for path in runs.glob("*") if path.is_dir()]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)

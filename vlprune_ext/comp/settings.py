@@ -1,4 +1,4 @@
-"""What CoMP is told: its fields, what they may be, and what differs between it and its baselines."""
+"""Fields of CoMP, their checks, and what differs between it and its baselines."""
 
 from __future__ import annotations
 
@@ -18,30 +18,55 @@ JUDGED = ("both", "raised", "trained")
 
 @dataclass(kw_only=True, eq=False)
 class Settings:
-    """The fields of CoMP (arXiv 2604.02956); what the paper leaves open, and is ours, is marked [ours].
+    """Hold the fields of CoMP (arXiv 2604.02956); what the paper leaves open, and is ours, is marked [ours].
 
-    flops       share of the dense model's FLOPs that is kept, in (0, 1)
-    train       False: `plan` prunes at once
-    validation  data on which accuracy is measured; for `plan`, what it is given
-    calibration data on which units and tokens are scored; None: the validation data
-    objective   what accuracy is; None: "retrieval" for a model with two embeddings, else "exact_match"
-    modes       names from `comp.modes.MODES`; None: the five of CoMP, as far as the model has them
-    interval    training steps of a stage, in which what was chosen fades out [ours: the paper gives no number]
-    step        share of the dense FLOPs that a stage saves; one that can save less is shorter in proportion [ours]
-    judged      when the accuracy after a stage is measured, eq. (8): "raised", with all that goes gone at once and
-                nothing trained yet; "trained", when the stage is over; or the mean of "both" [ours: the paper does not
-                say]
-    confirm     a mode is tried, by replay, before it is pruned, and passed over if another is then cheaper; False: it
-                is pruned whatever it costs by now, as in the paper [ours]
-    rho, tau    probability of exploring, and its temperature in stages, eq. (9); rho=0: greedy
-    history_weight, horizon  l0 and I_max of eq. (10); history_weight=0: only the last cost counts
-    cip         tokens weigh activations, eq. (4); False: they all count alike, eq. (3)
-    cit         pruned heads have no say in what tokens are worth, eq. (7); False: eq. (6)
-    hold        thresholds of tokens follow when heads go, so that as many tokens stay as before; False: they are where
-                they are, and a head that goes may take tokens with it, as in the paper [ours]
-    tokens      "threshold": each sample keeps as many tokens as pass; "keep": each block the mean number of that [ours]
-    seed        of the exploration
-    batch_size  samples run at once where nothing is trained
+    Parameters
+    ----------
+    flops : float
+        Share of the dense model's FLOPs that is kept, in (0, 1).
+    train : bool
+        True: prune while training, as a callback. False: `plan` prunes without training.
+    validation : Data, optional
+        Data on which accuracy and FLOPs are measured; `plan` takes it as an argument.
+    calibration : Data, optional
+        Data on which units and tokens are scored. None: the validation data.
+    objective : str or Objective, optional
+        What accuracy is. None: "retrieval" for a dual encoder, else "exact_match".
+    modes : sequence of str, optional
+        Names of `comp.modes.MODES`. None: the five of CoMP, as far as the model has them.
+    interval : int
+        Training steps of a stage, during which the soft mask falls from 1 to 0 [ours: the paper gives no number].
+    step : float
+        Share of the dense FLOPs that a stage saves, in (0, 1); a stage that can save less is shorter in proportion
+        [ours].
+    judged : {"both", "raised", "trained"}
+        When the accuracy after a stage is measured for eq. (8). "raised": with all that is going masked completely,
+        before training; "trained": at the end of the stage; "both": their mean [ours: the paper does not say].
+    confirm : bool
+        True: a mode is evaluated, by replay, before it is pruned, and passed over if another is then cheaper [ours].
+        False: it is pruned whatever it costs by now, as in the paper.
+    rho : float
+        Probability of exploring, eq. (9); 0: greedy.
+    tau : float
+        Temperature of the exploration, in stages, eq. (9).
+    history_weight : float
+        l0 of eq. (10); 0: only the last cost is used.
+    horizon : int
+        I_max of eq. (10), in stages.
+    cip : bool
+        True: activations are weighted by token importance, eq. (4). False: eq. (3).
+    cit : bool
+        True: token importance ignores pruned heads, eq. (7). False: eq. (6).
+    hold : bool
+        True: token thresholds follow when heads are pruned, so that as many tokens are kept as before [ours]. False:
+        they stay fixed, and a pruned head may take tokens with it, as in the paper.
+    tokens : {"threshold", "keep"}
+        How the plan drops tokens. "threshold": sample by sample; "keep": in each block the mean number of that, the
+        same for all samples [ours].
+    seed : int
+        Seed of the exploration.
+    batch_size : int
+        Samples run at once where nothing is trained.
     """
 
     flops: float = 0.3
@@ -84,10 +109,11 @@ class Settings:
 
     @property
     def name(self) -> str:
+        """Name on the command line and in plans."""
         return type(self).__name__.lower()
 
     def describe(self) -> dict[str, Any]:
-        """The method's name and fields, as plain data."""
+        """Return the method's name and fields, as plain data."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for place in ("validation", "calibration"):
             data = found[place]
@@ -99,20 +125,32 @@ class Settings:
         return {"name": self.name, **found}
 
     def objective_for(self, anatomy: Anatomy) -> Objective:
-        """What accuracy is, of a model of this anatomy: `objective`, or what is usual for its kind."""
+        """Return the objective that accuracy is: the field, or the default for a model of this anatomy."""
         return objective_named(self.objective, anatomy, "decide")
 
     # --- what differs between CoMP and its baselines -----------------------------------------------------------------
 
     def choose(self, strategy: ModeStrategy, among: list[str], spent: float) -> tuple[str, bool]:
-        """The mode that is next, and whether it is explored.
+        """Choose the mode of the next stage.
 
-        among  modes that can still save FLOPs; spent: the share of all that is to be saved that is saved already
+        Parameters
+        ----------
+        strategy : ModeStrategy
+            The costs so far.
+        among : list of str
+            Modes that can still save FLOPs.
+        spent : float
+            Share of the FLOPs reduction that is reached, in [0, 1].
+
+        Returns
+        -------
+        tuple of (str, bool)
+            The mode, and whether it is exploration.
         """
         return strategy.choose(among)
 
     def strategy(self, modes: Sequence[str]) -> ModeStrategy:
-        """Who chooses among some modes."""
+        """Return a strategy that chooses among these modes."""
         return ModeStrategy(
             modes, rho=self.rho, tau=self.tau, history=self.history_weight, horizon=self.horizon, seed=self.seed
         )

@@ -1,4 +1,4 @@
-"""CoMP at work on a model: one stage after another, until it is small enough.
+"""Pruning loop of CoMP: one stage after another, until the FLOPs target is met.
 
 Equation numbers are the paper's; what the paper leaves open, and is ours, is marked [ours].
 """
@@ -33,18 +33,18 @@ COLLABORATIVE = (
     "vision tokens",
     "language tokens",
 )
-CLOSE = 0.005  # of the dense model's FLOPs: so near to the target counts as there [ours]
+CLOSE = 0.005  # tolerance of the target, as a share of the dense model's FLOPs [ours]
 
 
 @dataclass(frozen=True)
 class _Choice:
     """The mode of a stage, its threshold raised.
 
-    saves     FLOPs
+    saves     FLOPs of one sample that will be saved
     costs     R of every mode, by which it was chosen
-    explored  it was drawn
-    declined  mode -> what it would have cost before training, of those that were tried and too dear
-    raised    the model with all that is going gone at once; None: not measured
+    explored  it was drawn by eq. (9)
+    declined  mode -> its cost before training, of modes that were evaluated and passed over
+    raised    the model with all that is going masked completely, before training; None: not measured
     """
 
     mode: Mode
@@ -56,9 +56,21 @@ class _Choice:
 
 
 class Stages:
-    """CoMP at work on a model: hooks on, until ``patches.undo()``.
+    """Run CoMP's stages on a model, under hooks that last until ``patches.undo()``.
 
-    history  one entry a closed stage: what was chosen and why, what it saved and cost
+    Parameters
+    ----------
+    settings : Settings
+        The fields of CoMP or a baseline.
+    model : nn.Module
+        The dense model.
+    validation : Data
+        Data on which accuracy and FLOPs are measured.
+
+    Attributes
+    ----------
+    history : list of dict
+        One entry for each closed stage: what was chosen and why, what it saved and cost.
     """
 
     def __init__(self, settings: Settings, model: nn.Module, validation: Data) -> None:
@@ -81,7 +93,7 @@ class Stages:
             self.exhausted: list[str] = []
             self.mode: Mode | None = None  # of the open stage
             self.opened = 0  # the training step at which it began
-            self.planned = 0.0  # share of the dense FLOPs that it is to save
+            self.planned = 0.0  # share of the dense FLOPs that it will save
             self.entry: dict[str, Any] = {}
             self.frozen = False
         except BaseException:
@@ -95,13 +107,13 @@ class Stages:
 
     @property
     def target(self) -> float:
-        """FLOPs of one sample."""
+        """FLOPs of one sample at which pruning ends."""
         return self.settings.flops * self.dense
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
     def open_stage(self, step: int = 0) -> bool:
-        """Choose a mode and raise its threshold; False once the model is small enough."""
+        """Choose a mode and raise its threshold, at a training step; return False once the FLOPs target is met."""
         if self.now.flops <= self.target + CLOSE * self.dense:
             self.frozen = True
             return False
@@ -126,11 +138,11 @@ class Stages:
         return True
 
     def _choose(self, found: Findings) -> _Choice:
-        """Raise the threshold of the mode that is next.
+        """Choose the mode of the stage and raise its threshold.
 
-        Costs were measured in other stages, and pruning a model changes what it can spare. So a mode is tried, by
-        replay, before it is pruned. If another is then cheaper, that one has its turn, until the cheapest is one that
-        was tried [ours].
+        Costs date from earlier stages, and pruning changes what a model can spare. So a mode is evaluated, by replay,
+        before it is pruned. If another is then cheaper, that one is evaluated, until the cheapest is one that was
+        [ours].
         """
         tried: dict[str, Measured] = {}
         declined: dict[str, float] = {}
@@ -164,10 +176,10 @@ class Stages:
             return _Choice(mode, saves, costs, explored, declined, tried.get(chosen))
 
     def _hold_tokens(self, mode: Mode, found: Findings) -> Callable[[], None]:
-        """Let as many tokens run as before, whatever has gone that had a say in what they are worth [ours].
+        """Move token thresholds so that as many tokens run as before the mode's units were pruned [ours].
 
-        Thresholds are of importances, and these depend on the heads that are left. So they follow. Returns what takes
-        all of it back.
+        Thresholds are of importances, which depend on the remaining heads. Returns what undoes it, and the mode's
+        pruning.
         """
         held = []
         if self.settings.hold and not isinstance(mode, TokenMode):
@@ -189,29 +201,29 @@ class Stages:
         return withdraw
 
     def _token_modes(self) -> list[TokenMode]:
-        """Those that tokens have left by."""
+        """Return the modes that have dropped tokens."""
         return [mode for mode in self.modes.values() if isinstance(mode, TokenMode) and mode.limit.gone > 0]
 
     def _changed(self, mode: Mode) -> set[str]:
-        """The towers in which something changes with a mode: its own, and those that run on what they compute."""
+        """Return the towers that change with a mode: its own, and those that run on their outputs."""
         if len(self.scored) > 1:
             return set(mode.towers())
         names = list(self.anatomy.towers)
         return set(names[min(map(names.index, mode.towers())) :])
 
     def _raised(self, mode: Mode) -> Measured:
-        """The model with all that a raised threshold passes gone at once, by replay."""
+        """Measure the model with all that is going masked completely, by replay."""
         mode.soften(0.0)
         (measured,) = self.validation.trials(mode.towers(), [nullcontext])
         return measured
 
     def soften(self, counts: float) -> None:
-        """What the open stage takes away counts so much."""
+        """Set the soft mask of what the open stage prunes, from 1 down to 0."""
         if self.mode is not None:
             self.mode.soften(counts)
 
     def close_stage(self, step: int) -> None:
-        """What was going is gone."""
+        """Prune what is going for good, measure the model and update the mode's cost, at a training step."""
         assert self.mode is not None
         self.mode.settle()
         before, self.now = self.now, self.validation.now()
@@ -230,10 +242,10 @@ class Stages:
         self._agree()
 
     def _learn(self, before: Measured) -> None:
-        """What the stage cost, eqs. (8) and (10).
+        """Update the mode's R by the stage's cost, eqs. (8) and (10).
 
-        Before anything is trained a loss is the mode's alone, but training may repair it; afterwards training has had
-        its own part in it. So accuracy and FLOPs are the mean of both [ours].
+        Accuracy before training shows the mode alone, but not what training repairs; after training, the effect of
+        training is part of it. With ``judged="both"`` accuracy and FLOPs are the mean of both [ours].
         """
         assert self.mode is not None
         seen = {"trained": self.now}
@@ -251,19 +263,22 @@ class Stages:
         self.entry["cost"] = paid
 
     def _examine(self) -> Findings:
+        """Measure the importances of all units and tokens."""
         return examine(self.masks, self.objective, self.scored, weigh_tokens=self.settings.cip)
 
     def _budget(self) -> Budget:
+        """Return the current FLOPs budget."""
         return Budget(self.masks, self.validation.total, self.now.load)
 
     def _goal(self) -> float:
+        """Return the FLOPs that the next stage saves."""
         return min(self.settings.step * self.dense, self.now.flops - self.target)
 
     def _cost(self, before: Measured, after: Measured, planned: float) -> float:
-        """Eq. (8), with FLOPs as shares of the dense model's.
+        """Return the cost by eq. (8), with FLOPs as shares of the dense model's.
 
-        Tokens come and go as a model learns. A stage that saved less than half of what it was to save is judged as if
-        it had saved that half [ours]: divided by next to nothing, one sample more or less would decide.
+        Token counts vary as a model learns. A stage that saved less than half of ``planned`` counts as having saved
+        that half [ours]: divided by almost nothing, one sample more or less would decide.
         """
         saved = max((before.flops - after.flops) / self.dense, planned / 2)
         return cost((before.accuracy, after.accuracy), (saved, 0.0))
@@ -271,7 +286,7 @@ class Stages:
     # --- before the first stage --------------------------------------------------------------------------------------
 
     def _modes(self) -> dict[str, Mode]:
-        """Those of the wanted modes that the model has."""
+        """Build the wanted modes that the model has."""
         wanted = COLLABORATIVE if self.settings.modes is None else self.settings.modes
         built = {name: MODES[name](self.masks) for name in wanted}
         missing = [name for name, mode in built.items() if mode is None]
@@ -283,7 +298,7 @@ class Stages:
         return found
 
     def _measure_all(self, found: Findings) -> None:
-        """The first cost of every mode [ours], by replay; and whether the target can be reached at all."""
+        """Measure the first cost of every mode [ours], by replay; raise ValueError if the target cannot be reached."""
         budget = self._budget()
         together: dict[tuple[str, ...], list[Mode]] = {}
         for mode in self.modes.values():
@@ -305,7 +320,7 @@ class Stages:
 
     @contextmanager
     def _all_raised(self, found: Findings, budget: Budget, goal: float, modes: Iterable[Mode]) -> Iterator[None]:
-        """Some modes as they would be after one stage, without fading."""
+        """Prune these modes by one stage at once, without soft masks, while the context lasts."""
         raised = []
         try:
             for mode in modes:
@@ -320,7 +335,7 @@ class Stages:
     # --- what is left ------------------------------------------------------------------------------------------------
 
     def _units_left(self) -> dict[str, float]:
-        """Tower and kind -> share of its units."""
+        """Return the share of remaining units of each tower and kind."""
         kept = self.masks.kept()
         found: dict[str, list[int]] = {}
         for (tower, layer, kind), site in self.masks.sites.items():
@@ -330,7 +345,7 @@ class Stages:
         return {name: left / every for name, (left, every) in found.items()}
 
     def _return(self) -> None:
-        """Back to the FLOPs at which pruning ended: while a model learns, tokens come and go [ours]."""
+        """Move token thresholds back to the FLOPs at which pruning ended: training changes token counts [ours]."""
         modes = self._token_modes()
         goal, placed = self.now.flops, [mode.limit.gone for mode in modes]
 
@@ -347,7 +362,7 @@ class Stages:
         self._agree()
 
     def plan(self) -> Plan:
-        """What is gone."""
+        """Return what is gone as a plan, with the history and what was reached."""
         self._return()
         plan = Plan(self.anatomy.shape(), method={**self.settings.describe(), "objective": self.objective.name})
         found = self._examine() if self.settings.tokens == "keep" else None
@@ -364,7 +379,7 @@ class Stages:
     # --- to be kept --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Plain data, from which `load` goes on."""
+        """Return the state as plain data, for `load`."""
         return {
             "fields": {
                 key: value
@@ -386,7 +401,7 @@ class Stages:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Be where `state` was taken."""
+        """Restore what `state` returned; raise ValueError if it was taken with other fields."""
         given = json.loads(json.dumps(self.state()["fields"]))
         kept = state["fields"]
         different = [key for key in {**given, **kept} if given.get(key) != kept.get(key)]
@@ -403,7 +418,7 @@ class Stages:
         self.now = replace(self.now, **state["now"])
 
     def _agree(self) -> None:
-        """Where several processes train, all do what the first has decided."""
+        """Broadcast the state of the first process, so that all of a distributed run decide alike."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             said = [self.state()]
             torch.distributed.broadcast_object_list(said)

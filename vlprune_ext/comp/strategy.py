@@ -1,6 +1,6 @@
-"""The multi-mode strategy of CoMP (arXiv 2604.02956): which mode is pruned in the next stage.
+"""Multi-mode strategy of CoMP (arXiv 2604.02956): which mode is pruned in the next stage.
 
-Equation numbers are the paper's. A mode is a name: what it prunes, and how, is not this file's business.
+Equation numbers are the paper's. A mode is only a name here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,23 @@ from typing import Any
 
 
 def cost(accuracy: tuple[float, float], flops: tuple[float, float]) -> float:
-    """Accuracy lost for each FLOP saved, eq. (8), of what was (before, after): the lower, the better.
+    """Return the accuracy lost per FLOP saved, eq. (8): the lower, the better.
 
-    Raises ValueError if an accuracy is not finite or no FLOP was saved.
+    Parameters
+    ----------
+    accuracy : tuple of float
+        (before, after).
+    flops : tuple of float
+        (before, after).
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        An accuracy that is not finite, or no FLOPs saved.
     """
     if not all(map(math.isfinite, accuracy)):
         raise ValueError(f"accuracy is {accuracy}; expected finite numbers")
@@ -27,18 +41,28 @@ def cost(accuracy: tuple[float, float], flops: tuple[float, float]) -> float:
 
 @dataclass
 class ModeStrategy:
-    """Chooses a mode, is told what that cost, and remembers.
+    """Choose the mode of each stage by its cost history, with exploration.
 
-    modes      their names
-    rho        probability of exploring (0.2)
-    tau        temperature of the exploration, in stages (5)
-    history    weight l0 of a cost that was measured one stage ago (0.4)
-    horizon    stages I_max after which a cost is forgotten (5)
-    seed       of the exploration: the same seed, the same choices, however often the run is interrupted
-
-    costs      mode -> R; a mode without has to be measured first
-    waited     mode -> I, stages since its cost was last measured
-    stage      how many stages there have been
+    Parameters
+    ----------
+    modes : sequence of str
+        Their names.
+    rho : float
+        Probability of exploring (0.2).
+    tau : float
+        Temperature of the exploration, in stages (5).
+    history : float
+        l0, weight of a cost that was measured one stage ago (0.4).
+    horizon : int
+        I_max, stages after which a cost is forgotten (5).
+    seed : int
+        Seed of the exploration: the same seed, the same choices, however often the run is interrupted.
+    costs : dict of str to float
+        Mode -> R; a mode without one has to be measured first.
+    waited : dict of str to int
+        Mode -> I, stages since its cost was last measured.
+    stage : int
+        Stages so far.
     """
 
     modes: Sequence[str]
@@ -63,21 +87,44 @@ class ModeStrategy:
             self.waited.setdefault(mode, 1)
 
     def unmeasured(self) -> list[str]:
-        """Modes that have no cost yet."""
+        """Return the modes that have no cost yet."""
         return [mode for mode in self.modes if mode not in self.costs]
 
     def exploration(self, among: Sequence[str] | None = None) -> dict[str, float]:
-        """Probabilities of an exploring stage, eq. (9): the softmax of ``I / tau``."""
+        """Return the probabilities of an exploring stage, eq. (9): the softmax of ``I / tau``.
+
+        Parameters
+        ----------
+        among : sequence of str, optional
+            Modes that can still save FLOPs. None: all.
+
+        Returns
+        -------
+        dict of str to float
+            Mode -> probability.
+        """
         names = self.modes if among is None else among
         powers = {mode: math.exp((self.waited[mode] - max(self.waited.values())) / self.tau) for mode in names}
         total = sum(powers.values())
         return {mode: power / total for mode, power in powers.items()}
 
     def choose(self, among: Sequence[str] | None = None) -> tuple[str, bool]:
-        """The mode of this stage, and whether it is explored; ``among``: those that can still give FLOPs.
+        """Choose the mode of this stage: by exploration with probability rho, else the one of least cost.
 
-        Otherwise the mode of least cost, the first of those that are alike. Raises ValueError if none is left, or one
-        of them was not measured.
+        Parameters
+        ----------
+        among : sequence of str, optional
+            Modes that can still save FLOPs. None: all.
+
+        Returns
+        -------
+        tuple of (str, bool)
+            The mode, the first of those of equal cost, and whether it is exploration.
+
+        Raises
+        ------
+        ValueError
+            No mode, an unknown one, or one without a cost.
         """
         names = list(self.modes if among is None else among)
         unknown = [mode for mode in names if mode not in self.modes]
@@ -86,32 +133,43 @@ class ModeStrategy:
         missing = [mode for mode in names if mode not in self.costs]
         if missing:
             raise ValueError(f"costs: {', '.join(missing)} not measured yet")
-        draw = random.Random(f"{self.seed}, {self.stage}")  # no state to save
+        draw = random.Random(f"{self.seed}, {self.stage}")  # seeded by stage: no generator state to save
         if draw.random() < self.rho:
             chances = self.exploration(names)
             return draw.choices(names, [chances[mode] for mode in names])[0], True
         return self.cheapest(names), False
 
     def cheapest(self, among: Sequence[str]) -> str:
-        """The mode of least cost, the first of those that are alike."""
+        """Return the mode of least cost, the first of those of equal cost."""
         return min(among, key=lambda mode: self.costs[mode])
 
     def expected(self, mode: str, lost: float) -> float:
-        """What pruning ``mode`` in this stage may cost, if before training it costs ``lost`` [ours].
+        """Return the expected cost of pruning ``mode`` in this stage, given its cost ``lost`` before training [ours].
 
-        Training may repair some of that, so it is the most that a stage can cost; if that is more than R, the mean.
+        Training may repair some of the loss, so ``lost`` is an upper bound; if it is above R, the mean of both is
+        expected.
         """
         return min(lost, (self.costs[mode] + lost) / 2)
 
     def decline(self, mode: str, lost: float) -> None:
-        """``mode`` was tried and passed over: R is what it was expected to cost."""
+        """Record that ``mode`` was evaluated and passed over: its R is now the expected cost."""
         self.costs[mode] = self.expected(mode, lost)
         self.waited[mode] = 0
 
     def update(self, mode: str, measured: float) -> None:
-        """What pruning ``mode`` in this stage cost: R by eq. (10), in which what is old counts less; the stage is over.
+        """Update the R of ``mode`` by this stage's cost, eq. (10), in which older costs weigh less; end the stage.
 
-        Raises ValueError for a mode that it does not know, and a cost that is not finite.
+        Parameters
+        ----------
+        mode : str
+            The mode that was pruned.
+        measured : float
+            r, by eq. (8).
+
+        Raises
+        ------
+        ValueError
+            An unknown mode, or a cost that is not finite.
         """
         if mode not in self.modes:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(self.modes)}")
@@ -126,5 +184,5 @@ class ModeStrategy:
         self.stage += 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, from which ``ModeStrategy(**...)`` goes on."""
+        """Return the state as plain data, for ``ModeStrategy(**...)``."""
         return asdict(self)

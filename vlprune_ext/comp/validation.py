@@ -1,4 +1,4 @@
-"""What a model under its masks can do, and what it costs: accuracy and FLOPs on validation data."""
+"""Accuracy and FLOPs of a model under its masks, on validation data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ Context = Callable[[], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class Measured:
-    """accuracy: mean of the objective's values; flops: of one sample; load: the tokens that ran."""
+    """Accuracy and FLOPs of a model under its masks.
+
+    Parameters
+    ----------
+    accuracy : float
+        Mean of the objective's values.
+    flops : float
+        FLOPs of one sample.
+    load : Load
+        Token counts.
+    """
 
     accuracy: float
     flops: float
@@ -33,13 +43,14 @@ class Measured:
 
 @dataclass
 class _Seen:
-    """What was noted of some runs, batch by batch."""
+    """Token and unit counts of some runs, batch by batch."""
 
     entered: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)  # tower -> batch -> block -> [B]
     left: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: dict[Unit, int] = field(default_factory=dict)
 
     def note(self, masks: Masks, towers: Sequence[str]) -> None:
+        """Add the counts of these towers in the batch that has just run."""
         for name in towers:
             tokens = masks.flow.state[name]
             self.entered.setdefault(name, []).append(tokens.entered)
@@ -47,6 +58,7 @@ class _Seen:
         self.kept = masks.kept()
 
     def load(self) -> Load:
+        """Return the token counts of all batches."""
         return Load(
             {name: [torch.cat(block) for block in zip(*found, strict=True)] for name, found in self.entered.items()},
             {name: torch.cat(found) for name, found in self.left.items()},
@@ -54,12 +66,28 @@ class _Seen:
 
 
 class Validation:
-    """Judges a model under its masks; what counts less does not count here.
+    """Measure accuracy and FLOPs of a model under its masks, binarised: what is below 1 is masked completely.
 
-    masks  installed, and as yet empty
-    dense  what was measured at first: the whole model
+    Parameters
+    ----------
+    masks : Masks
+        Installed, and still empty.
+    objective : Objective
+        What accuracy is.
+    data : Data
+        Validation data.
+    batch_size : int
+        Rows run at once.
 
-    Raises ValueError for data that the objective cannot use, and an accuracy that is not finite.
+    Attributes
+    ----------
+    dense : Measured
+        The dense model.
+
+    Raises
+    ------
+    ValueError
+        Data that the objective cannot use, or an accuracy that is not finite.
     """
 
     def __init__(self, masks: Masks, objective: Objective, data: Data, batch_size: int) -> None:
@@ -73,11 +101,23 @@ class Validation:
         self.dense = self.now()
 
     def total(self, kept: dict[Unit, int], load: Load) -> float:
-        """FLOPs of one sample: of the blocks by their shapes, and of what lies around them, which does not change."""
+        """Return the FLOPs of one sample: blocks by their shapes, and the constant rest of the model.
+
+        Parameters
+        ----------
+        kept : dict of (tower, layer, kind) to int
+            Remaining units of a site. Sites not named are whole.
+        load : Load
+            Token counts.
+
+        Returns
+        -------
+        float
+        """
         return self._rest + blocks_flops(self.anatomy, self.memories, load, kept)
 
     def now(self) -> Measured:
-        """The model as its masks are."""
+        """Measure the model under its current masks."""
         seen = _Seen()
         with torch.no_grad(), evaluation_mode(self.anatomy.model), self.masks.hardened():
             outputs = {
@@ -91,7 +131,17 @@ class Validation:
         return self._judged(first, outputs[first], seen)
 
     def running(self, batches: Mapping[str, list[dict[str, Tensor]]]) -> Load:
-        """The tokens that run on other data, as `inputs_of` gives it, under the masks as they are."""
+        """Count the tokens that run on other data under the current masks.
+
+        Parameters
+        ----------
+        batches : mapping of str to list of dict
+            Tower -> its model inputs (`inputs_of`).
+
+        Returns
+        -------
+        Load
+        """
         seen = _Seen()
         with torch.no_grad(), evaluation_mode(self.anatomy.model), self.masks.hardened():
             for tower, several in batches.items():
@@ -100,9 +150,21 @@ class Validation:
         return seen.load()
 
     def trials(self, towers: Sequence[str], contexts: Sequence[Context]) -> list[Measured]:
-        """The model as it was measured last, but within each of some contexts, which change only some ``towers``.
+        """Measure the model within each of several contexts that change only some towers, by replay.
 
-        By replay: what comes before the first of these towers runs once, and one that stands beside it not at all.
+        What precedes the first of these towers runs once; a tower that is independent of them does not run at all.
+
+        Parameters
+        ----------
+        towers : sequence of str
+            Towers that the contexts change.
+        contexts : sequence of callable
+            Each returns a context manager that changes the masks.
+
+        Returns
+        -------
+        list of Measured
+            One for each context.
         """
         dual = len(self.inputs) > 1
         if dual and len(set(towers)) > 1:
@@ -138,7 +200,7 @@ class Validation:
         return [self._judged(source, output, seen) for output, seen in zip(found, every, strict=True)]
 
     def within(self, context: Context) -> Measured:
-        """The model within a context, by a run of all of it."""
+        """Measure the model within a context, by running all of it."""
         embedded, load = self._embedded, self._load
         try:
             with context():
@@ -147,15 +209,17 @@ class Validation:
             self._embedded, self._load = embedded, load
 
     def _run(self, tower: str, inputs: dict[str, Tensor], seen: _Seen) -> Tensor:
+        """Run one batch of a tower, note its counts in ``seen``, and return the objective's outputs."""
         output = self.objective.outputs(self.anatomy, tower, inputs)
         seen.note(self.masks, self._running(tower))
         return output
 
     def _running(self, tower: str) -> list[str]:
-        """The towers that run when the objective runs one."""
+        """Return the towers that run when the objective runs one."""
         return [tower] if len(self.inputs) > 1 else list(self.anatomy.towers)
 
     def _judged(self, tower: str, outputs: Tensor, seen: _Seen) -> Measured:
+        """Return accuracy and FLOPs from a tower's outputs; raise ValueError unless the accuracy is finite."""
         other = next((found for name, found in self._embedded.items() if name != tower), None)
         accuracy = float(self.objective.values(self.anatomy, tower, outputs, other, self.data).double().mean())
         if not math.isfinite(accuracy):
@@ -168,7 +232,7 @@ class Validation:
 
     @torch.no_grad()
     def _around_blocks(self, one: dict[str, list[dict[str, Tensor]]]) -> float:
-        """FLOPs around the blocks: torch's count of one sample without those of its blocks."""
+        """Return the FLOPs outside the blocks: torch's count for one sample without that of its blocks."""
         load = Load()  # with padding, which torch counts
 
         def run() -> None:
