@@ -1,1 +1,1 @@
-"""Training a model while it is pruned, and after: transformers' Trainer."""
+"""Training a model while it is pruned, and after, with transformers' Trainer."""

@@ -1,4 +1,4 @@
-"""Recovery: train a pruned dual encoder against the dense one, on transformers' Trainer."""
+"""Knowledge distillation: recover a pruned dual encoder by training it against the dense one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,18 @@ TOWERS = ("vision", "text")
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the distillation loss ``itc + sim * L_sim + feat * L_feat + hidden * L_hidn``.
+    """Weights of the distillation loss ``L_itc + sim * L_sim + feat * L_feat + hidden * L_hidn``.
 
-    The loss of MoPE-CLIP (arXiv 2403.07839, section 3.2) with the weights of the one public reading of it.
+    The loss of MoPE-CLIP (arXiv 2403.07839, section 3.2) with the weights of the one public reading of the paper.
+
+    Parameters
+    ----------
+    sim : float
+        Of the soft cross-entropy against the teacher's logits.
+    feat : float
+        Of the MSE of embeddings.
+    hidden : float
+        Of the MSE of hidden states.
     """
 
     sim: float = 1.0
@@ -33,7 +42,7 @@ class Weights:
 
 
 class _Pairs(Dataset):
-    """One text for every image; another one, where there are several, in each pass."""
+    """Dataset of one text for every image; where there are several, another one in each epoch."""
 
     def __init__(self, data: Data, seed: int) -> None:
         self.texts = [(data.image_of_text == image).nonzero().flatten() for image in range(data.n_images)]
@@ -49,11 +58,14 @@ class _Pairs(Dataset):
 
 @dataclass
 class _Embedded:
+    """Embeddings and hidden states of one batch."""
+
     embeddings: dict[str, Tensor]  # tower -> [B, E], normalised
     hidden: dict[str, list[Tensor]]  # tower -> output of every block
 
 
 def _embed(anatomy: Anatomy, inputs: dict[str, dict[str, Tensor]]) -> _Embedded:
+    """Embed one batch with both towers, and collect the output of every block."""
     hidden: dict[str, list[Tensor]] = {tower: [] for tower in TOWERS}
     embeddings = {}
     with Patches() as patches:
@@ -73,12 +85,26 @@ def distillation_loss(
     kept: dict[str, list[int]],
     weights: Weights,
 ) -> Tensor:
-    """``L_itc + a L_sim + b L_feat + c L_hidn`` of one batch of pairs.
+    """Compute ``L_itc + a L_sim + b L_feat + c L_hidn`` of one batch of pairs.
 
-    L_itc   symmetric contrastive cross-entropy
-    L_sim   1/2 [soft cross-entropy against the teacher's image-to-text + text-to-image logits]
-    L_feat  1/2 MSE of the normalised embeddings, of both towers
-    L_hidn  1/2 sum over kept blocks of the MSE of block outputs
+    L_itc is the symmetric contrastive cross-entropy; L_sim 1/2 [soft cross-entropy against the teacher's image-to-text
+    + text-to-image logits]; L_feat 1/2 MSE of the normalised embeddings, summed over towers; L_hidn 1/2 MSE of block
+    outputs, summed over kept blocks.
+
+    Parameters
+    ----------
+    student, teacher : _Embedded
+        Embeddings [B, E], normalised, and block outputs of the same batch.
+    scale, teacher_scale : Tensor, scalar
+        Factors of the cosines (`logit_scale`).
+    kept : dict of str to list of int
+        Tower -> for each block of the student, the teacher's block it came from (`kept_layers`).
+    weights : Weights
+        a, b and c.
+
+    Returns
+    -------
+    Tensor, scalar
     """
     logits = scale * student.embeddings["vision"] @ student.embeddings["text"].T
     wanted = teacher_scale * teacher.embeddings["vision"] @ teacher.embeddings["text"].T
@@ -95,6 +121,8 @@ def distillation_loss(
 
 
 class _DistillTrainer(Trainer):
+    """Trainer whose loss compares the student with its teacher."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -111,6 +139,7 @@ class _DistillTrainer(Trainer):
         self.towers = towers
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the distillation loss of one batch."""
         by_tower = {t: {k: v for k, v in inputs.items() if k in self.towers[t]} for t in TOWERS}
         student = _embed(self.student, by_tower)
         with torch.no_grad():
@@ -121,15 +150,40 @@ class _DistillTrainer(Trainer):
 
 
 def logit_scale(anatomy: Anatomy) -> Tensor:
-    """The factor in front of cosines; 1/0.07, CLIP's initial value, for a model that keeps none."""
+    """Return the factor of the cosines; 1/0.07, CLIP's initial value, for a model without one.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+
+    Returns
+    -------
+    Tensor, scalar
+    """
     scale = getattr(anatomy.model, "logit_scale", None)
     return torch.tensor(1 / 0.07, device=anatomy.device) if scale is None else scale.exp()
 
 
 def kept_layers(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
-    """For every block of the student, the teacher's block it came from.
+    """Return, for every block of the student, the teacher's block it came from.
 
-    Read off the record that `apply` leaves on the student. Raises ValueError if that does not fit the teacher.
+    Parameters
+    ----------
+    student : nn.Module
+        The pruned model, with the record ``vlprune`` that `apply` leaves on it.
+    teacher : nn.Module
+        The model it was pruned from.
+
+    Returns
+    -------
+    dict of str to list of int
+        Tower -> block of the student -> block of the teacher.
+
+    Raises
+    ------
+    ValueError
+        The record does not fit the teacher.
     """
     kept = {name: list(range(len(tower))) for name, tower in describe(teacher).towers.items()}
     for record in getattr(student, "vlprune", {}).get("plans", []):
@@ -147,6 +201,8 @@ def kept_layers(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
 
 
 class _Report(TrainerCallback):
+    """Report each step to ``progress``."""
+
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
@@ -170,8 +226,43 @@ def distill(
 ) -> nn.Module:
     """Train ``student``, a pruned dual encoder, to match ``teacher``, the model it was pruned from; in place.
 
-    AdamW (0.9, 0.98), 10% warm-up, cosine decay, gradients clipped at 1.0: the recipe of MoPE-CLIP's reading. Returns
-    the student in evaluation mode. Raises ValueError for models without two embeddings, or that do not fit together.
+    AdamW (0.9, 0.98), 10% warm-up, cosine decay, gradients clipped at 1.0: the recipe of the same public reading of
+    MoPE-CLIP.
+
+    Parameters
+    ----------
+    student : nn.Module
+        The pruned model.
+    teacher : nn.Module
+        The dense model; moved to the student's device.
+    data : Data
+        Training pairs.
+    steps : int
+        Optimizer steps.
+    batch_size : int
+        Pairs of a batch, on each device.
+    learning_rate : float
+        Peak learning rate.
+    weight_decay : float
+        AdamW's.
+    weights : Weights
+        Weights of the loss terms.
+    seed : int
+        Seed of the batches and texts.
+    callbacks : sequence of TrainerCallback
+        Further callbacks of the Trainer.
+    progress : Progress, optional
+        Called after each step.
+
+    Returns
+    -------
+    nn.Module
+        ``student``, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        ``steps`` below 1, a model that is no dual encoder, or models that do not fit together.
     """
     if steps < 1:
         raise ValueError(f"steps: {steps}, expected at least 1")

@@ -1,4 +1,4 @@
-"""A Trainer for CoMP: the loss that suits the model, and runs that can be cut and resumed."""
+"""Trainer for CoMP: the loss that suits the model, and runs that resume from their last checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .distillation import logit_scale
 
 
 class _Rows(Dataset):
-    """Texts of the data: all of them; for a contrastive loss one of each image, another one in each pass."""
+    """Dataset of all texts; for a contrastive loss, of one text for each image, another one in each epoch."""
 
     def __init__(self, data: Data, pairs: bool) -> None:
         owner = data.image_of_text
@@ -37,12 +37,20 @@ class _Rows(Dataset):
     def __getitem__(self, place: int) -> int:
         if self.own is None:
             return place
-        texts = self.own[place]  # of torch's own generator, whose state the Trainer saves
+        texts = self.own[place]  # drawn by torch's global generator, whose state the Trainer saves
         return int(texts[int(torch.randint(len(texts), ()))])
 
 
 class WithLoss(nn.Module):
-    """A model whose forward is its loss: contrastive for two embeddings, else the next token's."""
+    """Wrap a model so that its forward returns its loss: contrastive for a dual encoder, else next-token.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to train.
+    data : Data
+        The training data; its input names tell images from texts.
+    """
 
     def __init__(self, model: nn.Module, data: Data) -> None:
         super().__init__()
@@ -52,6 +60,7 @@ class WithLoss(nn.Module):
         self.of_tower = {"vision": set(data.images), "text": set(data.texts) - {"labels"}}
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Return {"loss": the mean loss of a batch of model inputs}."""
         if not self.pairs:
             objective = LMLoss()
             tower = objective.towers(self.anatomy)[0]
@@ -65,7 +74,7 @@ class WithLoss(nn.Module):
         return {"loss": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Of weights that are tied, one: what safetensors can hold."""
+        """Return the state without duplicates of tied weights, as safetensors requires."""
         found: dict[tuple, str] = {}
         whole = super().state_dict(*args, **kwargs)
         for name, value in whole.items():
@@ -73,7 +82,7 @@ class WithLoss(nn.Module):
         return {name: whole[name] for name in found.values()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """What `state_dict` gave. Raises RuntimeError for other names."""
+        """Load what `state_dict` returned; raise RuntimeError for other names."""
         expected = self.state_dict().keys()
         if state_dict.keys() != expected:
             names = ", ".join(sorted(state_dict.keys() ^ expected)[:3])
@@ -83,6 +92,8 @@ class WithLoss(nn.Module):
 
 
 class _Report(TrainerCallback):
+    """Report each step to ``progress``."""
+
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
@@ -91,7 +102,17 @@ class _Report(TrainerCallback):
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The latest checkpoint in a folder that was written to its end."""
+    """Return the latest complete checkpoint in a folder, or None.
+
+    Parameters
+    ----------
+    folder : path
+        A Trainer's output folder.
+
+    Returns
+    -------
+    Path or None
+    """
     found = []
     for path in Path(folder).glob("checkpoint-*"):
         number = path.name.rpartition("-")[2]
@@ -120,15 +141,49 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Train a model while ``method`` (a `CoMP`) prunes it, in place; it is smaller in the end, and in evaluation mode.
+    """Train a model while ``method`` prunes it, in place.
 
-    AdamW, a twentieth of the steps warm-up, then linear decay to zero; gradients clipped at 1.
+    AdamW, warm-up over a twentieth of the steps, then linear decay to zero; gradients clipped at 1.
 
-    callbacks  have their turn before ``method``: at the end of training they still see all of the model
-    out  a folder for checkpoints, one every ``save_steps``; a run that was cut goes on from the last one there, and
-         ends as if it had not been. None: none are written
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model.
+    method : TrainerCallback
+        A `CoMP` or one of its baselines.
+    data : Data
+        Training data.
+    steps : int
+        Optimizer steps.
+    batch_size : int
+        Rows of a batch, on each device.
+    learning_rate : float
+        Peak learning rate.
+    weight_decay : float
+        AdamW's.
+    out : path, optional
+        Folder for checkpoints. An interrupted run resumes from the last one there, with the result of an uninterrupted
+        run. None: no checkpoints.
+    save_steps : int
+        Steps between checkpoints.
+    seed : int
+        Seed of the batches and texts.
+    report_to : sequence of str
+        Integrations of the Trainer, such as "tensorboard".
+    callbacks : sequence of TrainerCallback
+        Further callbacks; they run before ``method``, so that at the end of training they still see the whole model.
+    progress : Progress, optional
+        Called after each step.
 
-    Raises what `CoMP` raises.
+    Returns
+    -------
+    nn.Module
+        ``model``, pruned, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        ``steps`` below 1, and what `CoMP` raises.
     """
     if steps < 1:
         raise ValueError(f"steps: {steps}, expected at least 1")
