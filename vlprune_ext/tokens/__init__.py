@@ -1,4 +1,4 @@
-"""Visual tokens leaving a model while it runs: hooks, attention, key-value cache. The methods are in `methods`."""
+"""Token pruning at inference: hooks on residual streams, attention and KV caches. `methods.tokens` has the methods."""
 
 from .method import DropTokens, EvictTokens, MergeTokens, SummariseTokens, TokenMethod
 from .session import Pruning, prune_tokens

@@ -1,7 +1,8 @@
-"""Who attends to what, read off a running model without an attention map.
+"""Hooks on attention modules: observe queries and keys, reweigh keys, and sum attention weights without a T x T map.
 
-The attention modules of most families call a function that their config names. A watched module gets a copy of its
-config that names one of ours, which wraps theirs; every other module, and the masks, go on as they were.
+Attention modules of most families look up their attention function by a name in their config (transformers'
+`AttentionInterface`). A hooked module gets a copy of its config that names a wrapper around the original function;
+other modules, and the construction of attention masks, are unaffected.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from .. import ops
 from ..anatomy import Site
 from ..anatomy.patch import Patches
 
-# (attend, query [B, H, Tq, d], key [B, Hkv, Tk, d], value, mask, causal) -> what `attend` returns. Causal: queries look
-# back only, and no mask says so.
+# (attend, query [B, H, Tq, d], key [B, Hkv, Tk, d], value, mask, causal) -> the attention's output. causal: the mask is
+# implicit, as in SDPA's `is_causal`.
 Advice = Callable[[Callable, Tensor, Tensor, Tensor, Tensor | None, bool], Any]
 Watcher = Callable[[Tensor, Tensor, float], None]  # query, key, scale
-# query, key, scale, and the log-sum-exp [B, H, Tq] of their scores as they were weighed; None where it is not known.
+# query, key, scale, and the log-sum-exp [B, H, Tq] of the reweighed logits; None where the kernel does not expose it.
 LseWatcher = Callable[[Tensor, Tensor, float, Tensor | None], None]
 
 
@@ -36,13 +37,14 @@ LseWatcher = Callable[[Tensor, Tensor, float, Tensor | None], None]
 
 
 def _original(module: nn.Module, implementation: str) -> Callable:
+    """Return the attention function that the module's config would select without the hook."""
     if implementation == "eager":  # each family has its own
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 def _advised(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-    """The attention function of watched modules."""
+    """Call the advice of a hooked module; the attention function that its copied config names."""
     ours: Any = module.config
     theirs, advice = ours.vlprune_original, ours.vlprune_advice
 
@@ -59,7 +61,7 @@ def _advised(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
 
 
 def _around(patches: Patches, attention: Any, advice: Advice) -> None:
-    """Run ``advice`` in place of the function that an attention's config names."""
+    """Wrap the attention function that an attention module's config names in ``advice``."""
     ours = copy.copy(attention.config)
     name = f"vlprune_{ours._attn_implementation}"  # what is flash attention is known by its name
     AttentionInterface.register(name, _advised)
@@ -69,7 +71,18 @@ def _around(patches: Patches, attention: Any, advice: Advice) -> None:
 
 
 def watch(patches: Patches, site: Site, watcher: Watcher) -> None:
-    """Show ``watcher`` the queries and keys of an attention, just before they meet."""
+    """Call ``watcher`` with the queries and keys of an attention, just before their scores are computed.
+
+    Parameters
+    ----------
+    patches : Patches
+        Owns the hooks; they are removed when it exits.
+    site : Site
+        The "head" or "cross_head" site of a block.
+    watcher : callable (query, key, scale) -> None
+        ``query`` [B, H, Tq, d] and ``key`` [B, Hkv, Tk, d], after any rotary embedding; ``scale``, the factor of the
+        attention logits.
+    """
     attention = site.attention
     if site.paths.interface:
         scale = attention.scaling if hasattr(attention, "scaling") else attention.scale
@@ -81,7 +94,7 @@ def watch(patches: Patches, site: Site, watcher: Watcher) -> None:
         _around(patches, attention, look)
         return
     scale = site.width**-0.5
-    if len(site.inputs) == 1:  # all three in one
+    if len(site.inputs) == 1:  # a fused qkv projection
 
         def split(_: nn.Module, __: tuple, packed: Tensor) -> None:
             query, key, _value = _heads(packed, 3 * site.units).chunk(3, 1)
@@ -102,12 +115,27 @@ def watch(patches: Patches, site: Site, watcher: Watcher) -> None:
 
 
 def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None], watcher: LseWatcher | None = None) -> None:
-    """Let each key of an attention count ``weight()`` [B, Tk] times, from not at all on; None: once.
+    """Scale the attention weight of each key by ``weight()`` before normalisation: log w_j is added to its logits.
 
-    A query that sees no key that counts gets finite values that mean nothing. ``watcher`` is shown what met, with the
-    log-sum-exp that the attention computed anyway, where it did.
+    Where w counts the tokens merged into one, this is the proportional attention of ToMe (arXiv 2210.09461). A query
+    all of whose visible keys have weight 0 gets a finite but meaningless output.
 
-    Raises ValueError, when the attention runs, for flash attention, which takes no such weights.
+    Parameters
+    ----------
+    patches : Patches
+        Owns the hooks; they are removed when it exits.
+    site : Site
+        The "head" or "cross_head" site of a block.
+    weight : callable () -> Tensor [B, Tk], fp32, or None
+        Called in every forward; values >= 0, where 0 masks a key. None: all 1, and the attention runs unchanged.
+    watcher : callable (query, key, scale, lse) -> None, optional
+        As in `watch`; ``lse`` [B, H, Tq], fp32, is the log-sum-exp of the reweighed logits, or None where the attention
+        kernel does not expose it.
+
+    Raises
+    ------
+    ValueError
+        When the attention runs: flash attention, which takes no additive mask.
     """
     attention = site.attention
     if site.paths.interface:
@@ -170,9 +198,9 @@ def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None], wat
 
 
 class _KeepLse(TorchFunctionMode):
-    """While it is on, ``lse`` is that of the latest attention, which runs as ever.
+    """Keep the log-sum-exp of the latest scaled dot-product attention in ``lse``; its output is unchanged.
 
-    Only of torch's flash attention on a CPU, for heads that are not grouped, without autocast; else it is None.
+    ``lse`` is that of torch's flash attention on a CPU, for ungrouped heads, without autocast; None otherwise.
     """
 
     def __init__(self) -> None:
@@ -201,7 +229,7 @@ class _KeepLse(TorchFunctionMode):
 
 
 def _heavier(mask: Tensor | None, times: Tensor, query: Tensor, causal: bool) -> Tensor:
-    """An additive mask [B, 1, 1 or Tq, Tk] by which keys count so many times more."""
+    """Return the additive mask [B, 1, 1 or Tq, Tk] that scales each key's attention weight by ``times`` [B, Tk]."""
     never = torch.finfo(query.dtype).min
     added = times.log().to(query.dtype)[:, None, None]
     if causal:
@@ -215,22 +243,37 @@ def _heavier(mask: Tensor | None, times: Tensor, query: Tensor, causal: bool) ->
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H * d] -> [B, H, T, d]."""
+    """Split [B, T, H * d] into heads [B, H, T, d]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-# --- what keys receive -----------------------------------------------------------------------------------------------
+# --- attention received by each key ----------------------------------------------------------------------------------
 
 
 def log_sum_exp(query: Tensor, key: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """[B, H, Tq] fp32, what flash attention returns beside its output, for as many key as query heads.
+    """Return the log-sum-exp of each query's attention logits, as flash attention does beside its output.
 
-    mask [B, 1, 1, Tk], additive, in the queries' dtype.
+    Parameters
+    ----------
+    query : Tensor [B, H, Tq, d], fp32/bf16/fp16
+        Queries, after any rotary embedding.
+    key : Tensor [B, H, Tk, d], dtype of query
+        As many heads as the queries have: repeat grouped key heads first.
+    scale : float
+        Factor of the logits.
+    causal : bool
+        Mask keys behind the query.
+    mask : Tensor [B, 1, 1, Tk], dtype of query, optional
+        Additive attention mask.
+
+    Returns
+    -------
+    Tensor [B, H, Tq], fp32
     """
     if query.device.type == "cpu":
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, key, is_causal=causal, attn_mask=mask, scale=scale)[1]
-    if mask is not None:  # rows of the mask have to start at multiples of 16 bytes
+    if mask is not None:  # the kernel wants rows of the mask aligned to 16 bytes
         length = mask.shape[-1]
         mask = F.pad(mask, (0, -length % 16))[..., :length].expand(*query.shape[:3], -1)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -239,17 +282,35 @@ def log_sum_exp(query: Tensor, key: Tensor, scale: float, causal: bool = False, 
 
 
 def from_rows(
-    query: Tensor,  # [B, H, Tq, d], few
-    key: Tensor,  # [B, Hkv, Tk, d]
+    query: Tensor,
+    key: Tensor,
     scale: float,
-    key_mask: Tensor | None = None,  # [B, Tk] bool
-    query_weight: Tensor | None = None,  # [B, Tq]
+    key_mask: Tensor | None = None,
+    query_weight: Tensor | None = None,
 ) -> Tensor:
-    """[B, Hkv, Tk]: the attention that rows give each key, summed over the query heads of each key head."""
+    """Sum the attention weights that each key receives from a few queries, over queries and the heads of each group.
+
+    Parameters
+    ----------
+    query : Tensor [B, H, Tq, d], fp32/bf16/fp16
+        The rows of the attention map that are wanted; few.
+    key : Tensor [B, Hkv, Tk, d], dtype of query
+        Hkv divides H (grouped-query attention).
+    scale : float
+        Factor of the attention logits.
+    key_mask : Tensor [B, Tk], bool, optional
+        True for the keys that the softmax runs over; all by default.
+    query_weight : Tensor [B, Tq], fp32, optional
+        Weight of each query in the sum; all 1 by default.
+
+    Returns
+    -------
+    Tensor [B, Hkv, Tk], fp32
+    """
     b, hkv, tk, d = key.shape
     rows = query.shape[2]
     group = query.shape[1] // hkv
-    folded = query.reshape(b, hkv, group * rows, d)  # a group's heads as rows: they read the same keys
+    folded = query.reshape(b, hkv, group * rows, d)  # a group's query heads as rows: they share the key head
     mask = None
     if key_mask is not None:
         mask = torch.zeros(b, 1, 1, tk, dtype=query.dtype, device=query.device)
@@ -259,7 +320,7 @@ def from_rows(
 
 
 def _by_head(query, key, lse, scale, key_mask=None, query_weight=None, causal=False) -> Tensor:
-    """[B, Hkv, Tk] of queries [B, Hkv, Tq, d], one head of queries a key head."""
+    """Sum the attention weights [B, Hkv, Tk] that keys receive from queries [B, Hkv, Tq, d] of ungrouped heads."""
     b, hkv, tk, _ = key.shape
 
     def spread(x: Tensor | None) -> Tensor | None:
@@ -278,10 +339,29 @@ def _by_head(query, key, lse, scale, key_mask=None, query_weight=None, causal=Fa
 
 
 def from_all(query: Tensor, key: Tensor, scale: float, spans: list[tuple[int, int]], prefix: list[int]) -> Tensor:
-    """[B, Hkv, T]: the attention that each key receives from all tokens, summed over the query heads of each key head.
+    """Sum the attention weights that each key receives from all queries of its sample, over the heads of each group.
 
-    A sample's tokens lie side by side, from ``spans[b][0]`` to ``spans[b][1]``, so that no call needs a mask. The first
-    ``prefix[b]`` of them see each other in both directions, the others what is before them.
+    No attention map is stored. The tokens of a sample are contiguous between its padding, so that no kernel call needs
+    a mask.
+
+    Parameters
+    ----------
+    query : Tensor [B, H, T, d], fp32/bf16/fp16
+        Queries of the whole sequence.
+    key : Tensor [B, Hkv, T, d], dtype of query
+        Hkv divides H (grouped-query attention).
+    scale : float
+        Factor of the attention logits.
+    spans : list of B (start, stop)
+        The positions of each sample's tokens.
+    prefix : list of B int
+        How many leading tokens of each sample attend to each other bidirectionally (prefix-LM mask); the others attend
+        causally.
+
+    Returns
+    -------
+    Tensor [B, Hkv, T], fp32
+        0 at padding.
     """
     b, hkv, tokens, _ = key.shape
     group = query.shape[1] // hkv
@@ -290,14 +370,14 @@ def from_all(query: Tensor, key: Tensor, scale: float, spans: list[tuple[int, in
     for part in [slice(None)] if alike else [slice(sample, sample + 1) for sample in range(b)]:
         start, stop = spans[part][0]
         both = min(prefix[part][0], stop - start)
-        # Where the rows end, whether they are causal, and how many in front were counted before.
+        # Where the query rows end, whether they are causal, and how many leading rows are already summed.
         for end, causal, counted in ((start + both, False, 0), (stop, True, both)):
             rows = end - start
             if counted == rows:
                 continue
             weight = (torch.arange(rows, device=key.device) >= counted).float().expand(len(spans[part]), -1)
             keys = key[part, :, start:end]
-            for head in range(group):  # one of each group at a time
+            for head in range(group):  # one query head of each group at a time
                 queries = query[part, head::group, start:end]
                 lse = log_sum_exp(queries, keys, scale, causal)
                 by_head = _by_head(queries, keys, lse, scale, query_weight=weight if counted else None, causal=causal)

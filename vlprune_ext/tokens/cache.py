@@ -1,4 +1,4 @@
-"""Key-value cache layers from which tokens have left."""
+"""KV-cache layers from which tokens were evicted."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class PrunedLayer(DynamicLayer):
-    """A cache layer that holds fewer entries than the sequence has tokens, and counts as if it held all of them.
+    """KV-cache layer that holds fewer entries than the sequence has tokens, yet reports the full sequence length.
 
-    So transformers prepares masks and positions for the whole sequence, and only the block itself sees what is left.
+    So transformers prepares attention masks and positions for the full sequence; the block's hook narrows them to the
+    entries held.
+
+    Parameters
+    ----------
+    tokens : int
+        Length T of the prefill.
+    left : int
+        Entries of the prefill that the layer holds, padding included.
+    valid : Tensor [B, left], bool, or None
+        True for entries that hold a token, False for padding of samples that keep fewer; None: all hold one.
     """
 
     def __init__(self, tokens: int, left: int, valid: Tensor | None) -> None:
         super().__init__()
-        self.tokens = tokens  # of the prefill
-        self.left = left  # entries of them that the layer holds
-        self.valid = valid  # [B, left] bool: entries that stand for a token; None: all do
+        self.tokens = tokens
+        self.left = left
+        self.valid = valid
 
     def get_seq_length(self) -> int:
         length = super().get_seq_length()
@@ -29,7 +39,7 @@ class PrunedLayer(DynamicLayer):
         super().reset()
         self.keys = self.values = None  # transformers 5.17 leaves zeros
         self.is_initialized = False
-        self.tokens, self.left, self.valid = 0, 0, None  # what comes next lacks nothing
+        self.tokens, self.left, self.valid = 0, 0, None  # a later sequence starts unpruned
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -47,14 +57,27 @@ class PrunedLayer(DynamicLayer):
             self.valid = self.valid[indices]
 
     def count(self, batch: int, device: torch.device) -> Tensor:
-        """[B]: tokens of the prefill that are left."""
+        """Return how many prefill tokens each sample holds, [B] int64."""
         if self.valid is None:
             return torch.full((batch,), self.left, device=device)
         return self.valid.sum(1)
 
 
 def check_cache(cache: Any, layers: list[int]) -> None:
-    """Raise ValueError unless these layers of a cache grow with the sequence and forget nothing."""
+    """Raise ValueError unless these layers of a cache are dynamic: they grow with the sequence and evict nothing.
+
+    Parameters
+    ----------
+    cache : object
+        A model's ``past_key_values``.
+    layers : list of int
+        Layer indices in the cache; a layer that does not exist yet is judged by the class the cache would create.
+
+    Raises
+    ------
+    ValueError
+        Not a transformers cache, or a static, sliding-window or otherwise different layer.
+    """
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values is a {type(cache).__name__}; expected a transformers DynamicCache")
     for layer in layers:
@@ -69,7 +92,17 @@ def check_cache(cache: Any, layers: list[int]) -> None:
 
 
 def put_layer(cache: Cache, layer: int, pruned: PrunedLayer) -> None:
-    """Let a pruned layer stand at its place, in a cache that may not have grown so far yet."""
+    """Set one layer of a cache, padding the list with empty dynamic layers where it has not grown so far yet.
+
+    Parameters
+    ----------
+    cache : transformers.Cache
+        Changed in place.
+    layer : int
+        Index of the layer in the cache.
+    pruned : PrunedLayer
+        Takes the place of what the cache holds there.
+    """
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
     cache.layers[layer] = pruned

@@ -1,4 +1,4 @@
-"""What a method cannot have of a model."""
+"""Checks that a token method's block indices and a model's training settings allow token pruning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ from .method import DropTokens, EvictTokens
 
 
 def check_stages(method: DropTokens, depth: int) -> dict[int, float]:
-    """The stages of a method. Raises ValueError for a block that a model does not have."""
+    """Return the stages of a method, block -> keep ratio.
+
+    Parameters
+    ----------
+    method : DropTokens
+        Its ``stages`` are checked.
+    depth : int
+        Number of blocks of the language model.
+
+    Raises
+    ------
+    ValueError
+        A block out of range; block 0 for a method that reads the attention of the block before.
+    """
     stages = method.stages(depth)
     first = 1 if method.watches(0) else 0
     for layer in stages:
@@ -24,7 +37,20 @@ def check_stages(method: DropTokens, depth: int) -> dict[int, float]:
 
 
 def check_start(method: EvictTokens, depth: int) -> int:
-    """The first block whose cache shrinks. Raises ValueError for one that a model does not have."""
+    """Return the first block whose KV cache is pruned.
+
+    Parameters
+    ----------
+    method : EvictTokens
+        Its ``starts`` is checked.
+    depth : int
+        Number of blocks of the language model.
+
+    Raises
+    ------
+    ValueError
+        A block out of range.
+    """
     start = method.starts(depth)
     if not 0 <= start < depth:
         raise ValueError(
@@ -34,7 +60,15 @@ def check_start(method: EvictTokens, depth: int) -> int:
 
 
 def check_runs_once(name: str, blocks: Iterable[nn.Module]) -> None:
-    """Raise ValueError if blocks are going to run again in the backward pass, where they would prune again."""
+    """Raise ValueError if gradient checkpointing would rerun blocks in the backward pass, where they would prune again.
+
+    Parameters
+    ----------
+    name : str
+        The method's name, for the message.
+    blocks : iterable of nn.Module
+        The tower's transformer blocks.
+    """
     if torch.is_grad_enabled() and any(
         block.training and getattr(block, "gradient_checkpointing", False) for block in blocks
     ):

@@ -1,4 +1,4 @@
-"""Visual tokens that cross-attention reads: fewer of them from some block of the reader on."""
+"""Token pruning for cross-attention: later blocks of the reader attend to fewer visual tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ from .pruning import Pruning
 
 
 class CrossStream:
-    """The hooks on a stack of blocks with cross-attention. Every sample has the same number of visual tokens."""
+    """Drop visual tokens from the ``encoder_hidden_states`` that a stack of blocks cross-attends to, by hooks.
+
+    Every sample has the same number P of visual tokens, class token included.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        A model whose family's visual tokens have a ``reader``.
+    method : DropTokens
+    pruning : Pruning
+        Records which tokens are kept.
+    """
 
     def __init__(self, anatomy: Anatomy, method: DropTokens, pruning: Pruning) -> None:
         visual = anatomy.family.visual
@@ -31,13 +42,14 @@ class CrossStream:
         self.stages = check_stages(method, len(self.tower))
         self.tap = FeatureTap(anatomy, method) if isinstance(method, SummariseTokens) else None
         self.received: dict[int, Tensor] = {}
-        self.states: Tensor | None = None  # [B, P', D] what the coming blocks read
-        self.index: Tensor | None = None  # [B, P'] which tokens these are
+        self.states: Tensor | None = None  # [B, P', D], the kept states, for the blocks still to run
+        self.index: Tensor | None = None  # [B, P'], their positions among the P
         self.count = 0  # P
         self.ids: Tensor | None = None
-        self.asking: Tensor | None = None  # [B, T] fp32, the tokens of the question
+        self.asking: Tensor | None = None  # [B, T] fp32, query weights: 1 for text tokens, 0 for padding
 
     def install(self, patches: Patches) -> None:
+        """Register the hooks; ``patches`` removes them when it exits."""
         patches.pre_hook(self.reader, self._begin, with_kwargs=True)
         if self.tap is not None:
             self.tap.install(patches)
@@ -54,7 +66,7 @@ class CrossStream:
         check_runs_once(self.method.name, self.tower.container)
         states = kwargs.get("encoder_hidden_states")
         if states is None:
-            raise ValueError("encoder_hidden_states: none came; there are no visual tokens to prune")
+            raise ValueError("encoder_hidden_states is missing; expected the visual tokens to prune")
         ids, mask = args[0] if args else kwargs["input_ids"], kwargs.get("attention_mask")
         valid = torch.ones_like(ids) if mask is None else mask
         self.ids, self.asking = ids * valid, valid.float()
@@ -67,7 +79,7 @@ class CrossStream:
         return args, kwargs
 
     def _visual(self, states: Tensor) -> Tensor:
-        """[B, P]: all but the class token."""
+        """Return the mask [B, P] of visual tokens: all but the class token."""
         return (torch.arange(states.shape[1], device=states.device) >= self.cls).expand(states.shape[:2])
 
     def _enter_hook(self, layer: int):
@@ -77,12 +89,13 @@ class CrossStream:
             if self.index is None:
                 return None
             kwargs = dict(kwargs)
-            kwargs["encoder_attention_mask"] = None  # all of them count
+            kwargs["encoder_attention_mask"] = None  # the kept states have no padding
             return (args[0], self.states, *args[2:]), kwargs
 
         return enter
 
     def _drop(self, layer: int) -> None:
+        """Drop visual tokens from the states that block ``layer`` and later ones cross-attend to."""
         assert self.states is not None
         patches = self.count - self.cls
         keep = share(self.stages[layer], patches) if self.tap is None else self.tap.count

@@ -1,8 +1,8 @@
-"""Visual tokens among the text of a decoder: they leave its residual stream, or its key-value cache.
+"""Token pruning in a decoder: visual tokens are dropped from the residual stream, or evicted from the KV cache.
 
-Transformers goes on to see the whole sequence: masks and positions are prepared for all of it, and what leaves the last
-block is spread over it again, each dropped token showing the state of the last one kept before it, whose prediction is
-what comes next. So labels, losses and `generate` need no change. Only the blocks behind a drop compute less.
+Transformers still sees the full sequence: it prepares masks and positions for all of it, and the last block's output is
+scattered back over it. A dropped token takes the state of the last token kept before it, whose logits predict the next
+kept token. So labels, losses and `generate` need no change; only the blocks behind a drop compute less.
 """
 
 from __future__ import annotations
@@ -27,23 +27,58 @@ from .pruning import Pruning
 
 @dataclass(frozen=True)
 class Prompt:
-    """A batch of sequences during its first forward."""
+    """Batch of sequences during its prefill; T' is the number of tokens not dropped so far.
 
-    tokens: int  # T of the whole sequence
-    ids: Tensor  # [B, T]
-    texts: list[int]  # tokens that are neither visual nor padding, for each sample
-    images: list[int]  # visual tokens of the input, for each sample
-    visual: Tensor  # [B, T'] bool, of the tokens that are left
-    valid: Tensor  # [B, T'] bool, no padding or filler
-    row: Tensor  # [B] the last instruction token, among those that are left
-    prefix: list[int]  # tokens in front that see each other in both directions, for each sample
-    spans: list[tuple[int, int]]  # where each sample begins and ends between its padding
-    index: Tensor | None = None  # [B, T'] their places in the sequence; None: all are left
-    padded: bool = False  # some are not valid, since samples keep different numbers
+    Parameters
+    ----------
+    tokens : int
+        T, the length of the full sequence.
+    ids : Tensor [B, T], int64
+        Token ids; 0 at padding.
+    texts : list of B int
+        Tokens of each sample that are neither visual nor padding.
+    images : list of B int
+        Visual tokens of each sample in the input.
+    visual : Tensor [B, T'], bool
+        True for visual tokens.
+    valid : Tensor [B, T'], bool
+        False for padding, of the input or of samples that keep fewer tokens.
+    row : Tensor [B], int64
+        Index of the last instruction token among the T'.
+    prefix : list of B int
+        Leading tokens of each sample that attend to each other bidirectionally.
+    spans : list of B (start, stop)
+        The positions of each sample's tokens between its padding.
+    index : Tensor [B, T'], int64, optional
+        Positions of the kept tokens in the full sequence; None: nothing was dropped.
+    padded : bool
+        Whether samples keep different numbers of tokens, so that some entries are padding.
+    """
+
+    tokens: int
+    ids: Tensor
+    texts: list[int]
+    images: list[int]
+    visual: Tensor
+    valid: Tensor
+    row: Tensor
+    prefix: list[int]
+    spans: list[tuple[int, int]]
+    index: Tensor | None = None
+    padded: bool = False
 
 
 class DecoderStream:
-    """The hooks on a decoder's blocks."""
+    """Drop visual tokens between a decoder's blocks, or evict them from its KV cache, by hooks.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        A model whose visual tokens are among a decoder's text.
+    method : DropTokens or EvictTokens
+    pruning : Pruning
+        Records which tokens are kept.
+    """
 
     def __init__(self, anatomy: Anatomy, method: DropTokens | EvictTokens, pruning: Pruning) -> None:
         visual = anatomy.family.visual
@@ -65,15 +100,16 @@ class DecoderStream:
         self.signature = inspect.signature(anatomy.model.forward)
         self.prompt: Prompt | None = None
         self.received: dict[int, Tensor] = {}
-        self.summary: Tensor | None = None  # [images, P], where the method summarises features
+        self.summary: Tensor | None = None  # [N, P] fp32, 1 for kept patches, where the method summarises features
         self._embeddings: tuple[Tensor, Tensor] | None = None
         self._mask: Tensor | None = None
 
     def install(self, patches: Patches) -> None:
+        """Register the hooks; ``patches`` removes them when it exits."""
         patches.pre_hook(self.anatomy.model, self._begin, with_kwargs=True)
         blocks = list(self.tower.container)
         for layer in range(self.first, len(blocks)):
-            # Not a hook: those of every block would cost more than all else here, at every generated token.
+            # A patched forward: hooks on every block would dominate the overhead of a decode step.
             patches.forward(blocks[layer], self._entering(layer, blocks[layer].forward))
         if isinstance(self.method, EvictTokens):
             for layer in range(self.first, len(blocks)):
@@ -85,9 +121,10 @@ class DecoderStream:
                 attention.watch(patches, self.sites[layer - 1], self._watcher(layer))
         patches.hook(blocks[-1], self._leave, prepend=True)
 
-    # --- the whole sequence ------------------------------------------------------------------------------------------
+    # --- full sequence -----------------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Read the prompt of a prefill; clear it in a decode step."""
         self.prompt, self._embeddings, self._mask = None, None, None
         self.received.clear()
         check_runs_once(self.method.name, self.tower.container)
@@ -104,7 +141,7 @@ class DecoderStream:
         both = torch.zeros_like(valid) if types is None else (types == 0) & valid
         places = torch.arange(ids.shape[1], device=ids.device)
         start, stop = valid.int().argmax(1), (places * valid).amax(1) + 1
-        # Once a prefill, the host waits for the device.
+        # A host-device synchronisation, once per prefill.
         images, lengths, prefix, starts, stops = torch.stack(
             [visual.sum(1), valid.sum(1), both.sum(1), start, stop]
         ).tolist()
@@ -126,7 +163,7 @@ class DecoderStream:
     # --- one block ---------------------------------------------------------------------------------------------------
 
     def _entering(self, layer: int, forward: Callable) -> Callable:
-        """The forward of a block that sees fewer tokens."""
+        """Return the forward of a block that narrows its inputs to the kept tokens."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             changed = (self._decode if self.prompt is None else self._prefill)(layer, args, kwargs)
@@ -137,6 +174,7 @@ class DecoderStream:
         return run
 
     def _prefill(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Return the block's arguments for the kept tokens, after its own drop; None if nothing was dropped."""
         assert self.prompt is not None
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -146,7 +184,7 @@ class DecoderStream:
         if prompt.index is None:
             return None
         kwargs["attention_mask"], kwargs["position_embeddings"] = self._mask, self._embeddings
-        kwargs["position_ids"] = None  # they would look like those of several sequences
+        kwargs["position_ids"] = None  # with gaps they would be taken for packed sequences
         cache = kwargs.get("past_key_values")
         if cache is not None:
             check_cache(cache, [self.layer_of[layer]])
@@ -155,14 +193,14 @@ class DecoderStream:
         return (hidden, *args[1:]), kwargs
 
     def _drop(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """What enters the block once tokens have left; notes which, their mask and positions."""
+        """Return the hidden states [B, K, D] of the tokens that a stage keeps; record their positions and mask."""
         prompt, method = self.prompt, self.method
         assert prompt is not None
         assert isinstance(method, DropTokens)
         if self.summary is None:
             kept = [share(self.stages[layer], count) for count in prompt.images]
         else:
-            patches, stay = self.summary.shape[1], int(self.summary[0].sum())  # as many of every image
+            patches, stay = self.summary.shape[1], int(self.summary[0].sum())  # the same number in every image
             kept = [count // patches * stay for count in prompt.images]
         if kept == prompt.images and type(method).stay is DropTokens.stay:
             return hidden
@@ -198,7 +236,7 @@ class DecoderStream:
             prompt,
             visual=visual,
             valid=still_valid,
-            # It may itself be visual, and have left: then the last one kept before it asks.
+            # The instruction token may be visual and dropped itself: then the last one kept before it.
             row=(
                 torch.arange(index.shape[1], device=index.device) * ((index <= prompt.row[:, None]) & still_valid)
             ).amax(1),
@@ -219,20 +257,21 @@ class DecoderStream:
         return rotary(hidden, position_ids)
 
     def _leave(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """The last block's output, over the whole sequence."""
+        """Scatter the last block's output [B, K, D] over the full sequence [B, T, D]."""
         prompt = self.prompt
         if prompt is None or prompt.index is None:
             return None
-        # Of each token: how many before it were kept, itself included. Fillers stand where they are without counting.
+        # [B, T] inclusive count of kept tokens; padding entries add 0.
         kept = prompt.valid.new_zeros(prompt.index.shape[0], prompt.tokens, dtype=torch.int64)
         kept.scatter_add_(1, prompt.index, prompt.valid.long())
         order = prompt.valid.int().argsort(dim=1, descending=True, stable=True)
         back = order.gather(1, (kept.cumsum(1) - 1).clamp(min=0))
         return ops.compact_tokens(back, [output])[0]
 
-    # --- later tokens ------------------------------------------------------------------------------------------------
+    # --- decode steps ------------------------------------------------------------------------------------------------
 
     def _decode(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Return the block's arguments in a decode step, for its pruned cache; None if the cache is unpruned."""
         cache = kwargs.get("past_key_values")
         if cache is None or self.layer_of[layer] >= len(cache.layers):
             return None
@@ -258,7 +297,7 @@ class DecoderStream:
     # --- attention and cache -----------------------------------------------------------------------------------------
 
     def _watcher(self, layer: int):
-        """Notes for ``layer`` what its keys, or those of the block before, receive."""
+        """Return a watcher that records for ``layer`` the attention its keys, or the previous block's, receive."""
 
         def look(query: Tensor, key: Tensor, scale: float) -> None:
             prompt = self.prompt
@@ -306,7 +345,7 @@ class DecoderStream:
 
 
 def placeholders(anatomy: Anatomy) -> list[int]:
-    """The ids that visual tokens take among the text."""
+    """Return the token ids of the placeholders that visual tokens replace in ``input_ids``."""
     visual = anatomy.family.visual
     assert visual is not None
     found = (getattr(anatomy.model.config, name, None) for name in visual.placeholders)
@@ -314,7 +353,27 @@ def placeholders(anatomy: Anatomy) -> list[int]:
 
 
 def read_prompt(given: Mapping[str, Any], placeholders: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The ids [B, T] of a model's arguments; which are visual, and which are no padding [B, T] bool."""
+    """Return the ids of a forward's arguments with their masks of visual and of valid tokens.
+
+    Parameters
+    ----------
+    given : mapping
+        The arguments by name: ``input_ids`` [B, T] and, optionally, ``attention_mask`` [B, T].
+    placeholders : list of int
+        Ids that mark visual tokens.
+
+    Returns
+    -------
+    ids : Tensor [B, T], int64
+    visual : Tensor [B, T], bool
+    valid : Tensor [B, T], bool
+        False for padding.
+
+    Raises
+    ------
+    ValueError
+        No ``input_ids``, or an attention mask of other than two dimensions.
+    """
     ids = given.get("input_ids")
     if ids is None:
         raise ValueError("input_ids: none came; token pruning finds the visual tokens by their ids")
@@ -326,7 +385,22 @@ def read_prompt(given: Mapping[str, Any], placeholders: list[int]) -> tuple[Tens
 
 
 def last_instruction(valid: Tensor, visual: Tensor, labels: Tensor | None) -> Tensor:
-    """[B]: the token that predicts the first label behind all images, or the last one where there are no labels."""
+    """Return the position of the last instruction token: the one whose logits predict the answer.
+
+    Parameters
+    ----------
+    valid : Tensor [B, T], bool
+        False for padding.
+    visual : Tensor [B, T], bool
+        True for visual tokens.
+    labels : Tensor [B, T], int64, or None
+        -100 where no loss is computed.
+
+    Returns
+    -------
+    Tensor [B], int64
+        The token before the first label behind all images; without such labels, the last valid token.
+    """
     places = torch.arange(valid.shape[1], device=valid.device)
     last = (places * valid).amax(1)
     if labels is None:
@@ -338,9 +412,27 @@ def last_instruction(valid: Tensor, visual: Tensor, labels: Tensor | None) -> Te
 
 
 def spread_over(of_images: Tensor, visual: Tensor) -> Tensor:
-    """What belongs to the patches of all images [N, P], at the places of the visual tokens [B, T].
+    """Scatter the values of image patches to the positions of their visual tokens.
 
-    `generate` looks at the images once and then repeats each sample, for beams or several answers.
+    `generate` encodes the images once and then repeats each sample, for beams or several answers: values are repeated
+    likewise.
+
+    Parameters
+    ----------
+    of_images : Tensor [N, P]
+        One value for each patch of each image.
+    visual : Tensor [B, T], bool
+        True for visual tokens.
+
+    Returns
+    -------
+    Tensor [B, T], dtype of ``of_images``
+        0 at other tokens.
+
+    Raises
+    ------
+    ValueError
+        Patches and visual tokens do not match one to one.
     """
     images, patches = of_images.shape
     tokens = visual.sum(1)

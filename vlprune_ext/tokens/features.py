@@ -1,4 +1,4 @@
-"""The features of a vision tower, summarised before the language model reads them."""
+"""Vision-tower features pruned and summarised before the projector, as VisionZip does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from .method import Features, SummariseTokens, share
 
 
 class FeatureTap:
-    """Notes what the class token of the last vision block that is read attends to."""
+    """Record the class token's attention in the last vision block whose output is read, and summarise features by it.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+    method : SummariseTokens
+
+    Raises
+    ------
+    ValueError
+        A vision tower without a class token.
+    """
 
     def __init__(self, anatomy: Anatomy, method: SummariseTokens) -> None:
         tower = anatomy.tower("vision")
@@ -24,10 +35,11 @@ class FeatureTap:
         self.site = tower.blocks[tower.depth - 1].sites["head"]
         self.attention: Tensor | None = None  # [N, 1 + P]
         self.keys: Tensor | None = None  # [N, 1 + P, d]
-        self.kept: Tensor | None = None  # [N, P], what stays of the last images
-        self.count = 0  # of each image
+        self.kept: Tensor | None = None  # [N, P] fp32, 1 for the kept patches of the latest images
+        self.count = 0  # kept patches of each image
 
     def install(self, patches: Patches) -> None:
+        """Register the hooks; ``patches`` removes them when it exits."""
         attention.watch(patches, self.site, self._look)
 
     def _look(self, query: Tensor, key: Tensor, scale: float) -> None:
@@ -35,7 +47,18 @@ class FeatureTap:
         self.keys = key.float().mean(1)
 
     def summarise(self, states: Tensor) -> Tensor:
-        """The states [N, P, D] that the language model gets; notes which of them stay."""
+        """Return the states [N, P, D] that the projector gets, with summarised tokens written in; record the kept ones.
+
+        Parameters
+        ----------
+        states : Tensor [N, P, D]
+            Features of P patches of N images.
+
+        Raises
+        ------
+        ValueError
+            Another number of features than of patches.
+        """
         assert self.attention is not None
         assert self.keys is not None
         given = self.attention[:, self.cls :]
@@ -53,7 +76,17 @@ class FeatureTap:
 
 
 def before(patches: Patches, anatomy: Anatomy, change) -> None:
-    """Let ``change`` have the states [N, P, D] in front of the projector that makes visual tokens of them."""
+    """Apply ``change`` to the input [N, P, D] of the projector that maps patches to visual tokens.
+
+    Parameters
+    ----------
+    patches : Patches
+        Owns the hook.
+    anatomy : Anatomy
+        A model whose family names the projector.
+    change : callable Tensor [N, P, D] -> Tensor [N, P, D]
+        Applied to the features of P patches of N images.
+    """
     assert anatomy.family.visual is not None
     projector = anatomy.model.get_submodule(anatomy.family.visual.projector)
 
@@ -64,7 +97,15 @@ def before(patches: Patches, anatomy: Anatomy, change) -> None:
 
 
 def check_projector(anatomy: Anatomy, method) -> None:
-    """Raise ValueError unless the patches of a vision tower are the visual tokens of a language model, one by one."""
+    """Raise ValueError unless each patch of the vision tower becomes one visual token of the language model.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    method : TokenMethod
+        Named in the message.
+    """
     visual = anatomy.family.visual
     if visual is None or not (visual.projector or visual.reader):
         raise ValueError(

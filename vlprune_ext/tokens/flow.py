@@ -1,8 +1,9 @@
-"""Tokens on their way through a model's towers: what each is worth, how much it counts, and which ones are gone.
+"""Token masks on a model's towers: importance of each token, its weight as a key, and which tokens are pruned.
 
-A token that the attention of a block finds unimportant leaves behind that block. While a model trains, it only counts
-less and less as a key of what comes after: its weight in the softmax goes from 1 to 0, and at 0 it is as if it were
-not there. `TokenFlow` can also take such tokens out, so that later blocks compute less.
+A token whose importance in a block is not above the threshold is pruned behind that block (CoMP, arXiv 2604.02956). While a
+model trains, its mask is annealed from 1 to 0: the mask scales its attention weight as a key in all later blocks, and
+at 0 the token is masked out. `planned.TokenRemoval` also drops such tokens from the sequence, so that later blocks
+compute less.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ from .decoder import last_instruction, placeholders, read_prompt, spread_over
 from .importance import token_importance
 from .method import share
 
-HeadMasks = Callable[[str, int], Tensor | None]  # (tower, layer) -> [H], or None: all heads vote
+HeadMasks = Callable[[str, int], Tensor | None]  # (tower, layer) -> [H] fp32; None: all ones
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """M^t of a tower, eq. (1): which tokens leave behind each block, by their importance.
+    """Token mask M^t of a tower, eq. (1) of CoMP: a threshold on importance, or a keep ratio for each block.
 
-    going  tokens up to this importance count ``soft`` times
-    gone   tokens up to this one do not count; at most ``going``
-    soft   from 1 down to 0
-    keep   instead of thresholds: for each block, the share of the tower's own tokens that are left behind it
+    Parameters
+    ----------
+    going : float
+        Soft threshold: tokens of at most this importance get mask ``soft``.
+    gone : float
+        Hard threshold, at most ``going``: tokens of at most this importance get mask 0.
+    soft : float
+        Mask between both thresholds, annealed from 1 to 0 during training.
+    keep : tuple of float, optional
+        In place of thresholds: for each block, the ratio of the tower's prunable tokens that are kept behind it.
     """
 
     going: float = 0.0
@@ -44,15 +51,32 @@ class Threshold:
 
     @property
     def active(self) -> bool:
+        """Whether any token can be pruned."""
         return self.going > 0 or self.keep is not None
 
     def mask(
         self, importance: Tensor, free: Tensor, alive: Tensor, layer: int = 0, movable: Tensor | None = None
     ) -> Tensor:
-        """What each token counts behind a block, [B, T], by its importance [B, T].
+        """Return the mask of each token behind a block.
 
-        Tokens that are not ``free`` to leave count 1, and so does the best of the others that are ``alive``. Shares are
-        of those that were ``movable`` at first, [B].
+        Parameters
+        ----------
+        importance : Tensor [B, T], fp32
+            Token importance in the block.
+        free : Tensor [B, T], bool
+            True for prunable tokens; the others get mask 1.
+        alive : Tensor [B, T], bool
+            True for tokens not pruned so far. With thresholds, the most important of the prunable ones always gets 1.
+        layer : int
+            The block, an index into ``keep``.
+        movable : Tensor [B], int64, optional
+            How many tokens of each sample were prunable at the tower's input, which the ratios of ``keep`` refer to; by
+            default those of ``free``.
+
+        Returns
+        -------
+        Tensor [B, T], fp32
+            In [0, 1].
         """
         there = free & alive
         worth = importance.masked_fill(~there, -torch.inf)
@@ -71,17 +95,28 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one tower in one batch, at the door of a block.
+    """Tokens of one tower in one batch at a block's input; T of them are in the sequence.
 
-    valid    [B, T] bool, no padding; nor one that left, where `TokenRemoval` takes them out
-    free     [B, T] bool, if valid, may leave: not what is pooled, nor the text of a prompt
-    asks     [B, T] bool, if valid, they and their attention to each other say what tokens are worth
-    whole    nothing is padding, and all of them ask
-    mask     [B, T] fp32, what they count as keys, 0 for padding; None while nothing has left
-    index    [B, T] their places in the whole sequence, once `TokenRemoval` has found that some left
-    length   of the whole sequence
-    movable  [B] how many of it were free to leave
-    entered  how many entered each block so far, [B] each
+    Parameters
+    ----------
+    valid : Tensor [B, T], bool
+        False for padding and, in `planned.TokenRemoval`, for dropped tokens.
+    free : Tensor [B, T], bool
+        True for tokens that, if valid, are prunable: not the pooled one, nor the text of a prompt.
+    asks : Tensor [B, T], bool
+        True for tokens that, if valid, are the queries and keys of the attention by which importance is measured.
+    whole : bool
+        Whether there is no padding and every token is a query.
+    mask : Tensor [B, T], fp32, optional
+        Weight of each token as a key, 0 for padding; None until a token is pruned.
+    index : Tensor [B, T], int64, optional
+        Positions in the full sequence, once `planned.TokenRemoval` has dropped tokens.
+    length : int
+        Length of the full sequence.
+    movable : Tensor [B], int64, optional
+        How many of its tokens are prunable.
+    entered : tuple of Tensor [B], int64
+        How many tokens entered each block so far.
     """
 
     valid: Tensor
@@ -96,15 +131,16 @@ class Tokens:
 
     @property
     def alive(self) -> Tensor:
-        """[B, T] bool."""
+        """Mask [B, T] bool of valid tokens that are not pruned."""
         return self.valid if self.mask is None else self.valid & (self.mask > 0)
 
 
 def token_towers(anatomy: Anatomy) -> tuple[str, ...]:
-    """The towers whose tokens can leave.
+    """Return the names of the towers whose tokens are prunable.
 
-    A vision tower of whose output one row is pooled, or whose patches are read one by one; a text tower of which one
-    row is pooled, or that reads images; a language model with visual tokens, which are those that leave.
+    A vision tower, if one row of its output is pooled or its patches become visual tokens one by one; a text tower, if
+    one of its rows is pooled or it cross-attends to images; of a language model with visual tokens among its text, only
+    those are prunable.
     """
     visual = anatomy.family.visual
     found = []
@@ -121,7 +157,7 @@ def token_towers(anatomy: Anatomy) -> tuple[str, ...]:
 
 
 def class_tokens(anatomy: Anatomy, tower: str) -> int:
-    """How many class tokens are in front of a tower's tokens: those that w_0 of eq. (4) is for."""
+    """Return how many class tokens lead a tower's sequence: those with weight w_0 in CoMP's eq. (4)."""
     visual = anatomy.family.visual
     bert = anatomy.tower(tower).paths.pool == "first" or (visual is not None and bool(visual.reader))
     return anatomy.tower("vision").cls if tower == "vision" else int(bert)
@@ -129,13 +165,20 @@ def class_tokens(anatomy: Anatomy, tower: str) -> int:
 
 @dataclass
 class TokenFlow:
-    """The hooks on a model's towers that watch tokens, and mask them or take them out.
+    """Compute token importance in a model's towers and mask tokens by it, by hooks.
 
-    thresholds     tower -> `Threshold`; tokens of other towers stay
-    head_masks     what heads have to say, eq. (7)
-    state          tower -> `Tokens`, of the batch that runs; exchanged whole, so that it can be kept and put back
-    on_importance  told of each block's importances as they are found: (tower, layer, tokens, [B, T]). None: only those
-                   that thresholds need are computed
+    Parameters
+    ----------
+    anatomy : Anatomy
+    thresholds : dict of Threshold
+        By tower; tokens of other towers are not pruned.
+    head_masks : callable (tower, layer) -> Tensor [H], fp32, or None
+        Head masks of eq. (7); None: all heads have weight 1.
+    state : dict of Tokens
+        By tower, of the running batch; replaced as a whole, never changed in place, so that replay can save and restore
+        it.
+    on_importance : callable (tower, layer, tokens, importance [B, T] fp32) -> None, optional
+        Called with the importance in each block; without it, only what the thresholds need is computed.
     """
 
     anatomy: Anatomy
@@ -147,13 +190,13 @@ class TokenFlow:
     def __post_init__(self) -> None:
         self.towers = token_towers(self.anatomy)
         self._memory_of = memories(self.anatomy)
-        self._found: dict[str, Tensor] = {}  # importance behind the block that runs
+        self._found: dict[str, Tensor] = {}  # tower -> importance in the running block
         self._signature = inspect.signature(self.anatomy.model.forward)
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 
     def install(self, patches: Patches) -> None:
-        """Put the hooks in place, for as long as ``patches`` lives."""
+        """Register the hooks; ``patches`` removes them when it exits."""
         patches.pre_hook(self.anatomy.model, self._begin, with_kwargs=True)
         for name, tower in self.anatomy.towers.items():
             owner = self.anatomy.model.get_submodule(tower.owner)
@@ -168,7 +211,7 @@ class TokenFlow:
 
     @contextmanager
     def hardened(self) -> Iterator[None]:
-        """What counts less does not count at all."""
+        """Set the soft mask of every threshold to 0 inside the ``with`` block: what is being annealed is pruned."""
         before = self.thresholds
         self.thresholds = {name: replace(t, soft=0.0) for name, t in before.items()}
         try:
@@ -177,11 +220,11 @@ class TokenFlow:
             self.thresholds = before
 
     def active(self, tower: str) -> bool:
-        """Whether tokens of a tower leave."""
+        """Return whether a tower's tokens can be pruned."""
         return tower in self.thresholds and self.thresholds[tower].active
 
     def _memory_mask(self, reader: str) -> Callable[[], Tensor | None]:
-        """What the tokens count that a tower's cross-attention reads."""
+        """Return a function that gives the mask of the tokens that a tower cross-attends to."""
         return self._mask_of(self._memory_of[reader])
 
     def _mask_of(self, tower: str) -> Callable[[], Tensor | None]:
@@ -197,8 +240,9 @@ class TokenFlow:
     # --- a batch begins ----------------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Reset the state for a batch; of a language model, read the prompt's visual and query tokens."""
         given = self._signature.bind_partial(*args, **kwargs).arguments
-        ahead = bool(given.get("mm_encoder_outputs"))  # `generate` looks at the images before it calls the model
+        ahead = bool(given.get("mm_encoder_outputs"))  # `generate` encodes the images before it calls the model
         self.state = {name: tokens for name, tokens in self.state.items() if ahead and name == "vision"}
         visual = self.anatomy.family.visual
         if visual is None or visual.reader or visual.tower not in self.towers:
@@ -212,7 +256,7 @@ class TokenFlow:
         self._set(visual.tower, Tokens(valid, seen, asks))
 
     def _begin_tower(self, tower: Tower):
-        """The owner of a tower is called: with ids, where these are its tokens."""
+        """Return a pre-hook of the tower's owner that reads a text tower's tokens from its ``input_ids``."""
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             check_runs_once("CoMP", tower.container)
@@ -231,14 +275,14 @@ class TokenFlow:
                 tokens = self._first(tower, tokens, args[0] if args else kwargs["hidden_states"])
             assert tokens is not None
             counted = tokens.alive.sum(1)
-            if layer >= tower.depth and self.active(tower.name):  # `TokenRemoval` passes blocks by that nothing reads
+            if layer >= tower.depth and self.active(tower.name):  # `TokenRemoval` skips blocks whose output is unread
                 counted = torch.zeros_like(counted)
             self._set(tower.name, replace(tokens, entered=(*tokens.entered, counted)))
 
         return enter
 
     def _first(self, tower: Tower, tokens: Tokens | None, hidden: Tensor) -> Tokens:
-        """The tokens that enter the first block."""
+        """Return the tokens at the first block's input, in a language model without patches pruned before."""
         batch, length = hidden.shape[:2]
         if tokens is None:
             valid = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
@@ -248,7 +292,7 @@ class TokenFlow:
         visual, patches = self.anatomy.family.visual, self.state.get("vision")
         if visual is None or visual.reader or tower.name != visual.tower or patches is None or patches.mask is None:
             return tokens
-        # A language model does not see what left in the vision tower.
+        # Patches pruned in the vision tower are masked in the language model.
         seen = spread_over(patches.mask[:, self.anatomy.tower("vision").cls :], tokens.free)
         return replace(tokens, mask=torch.where(tokens.free, seen, tokens.valid.float()))
 
@@ -256,7 +300,7 @@ class TokenFlow:
 
     def _look(self, tower: Tower, layer: int):
         causal = tower.causal
-        # Masks that `importance_in` knows nothing of: prefixes, windows. Their log-sum-exp is of other keys.
+        # Prefix-LM and sliding-window masks are unknown to `importance_in`: their log-sum-exp runs over other keys.
         visual = self.anatomy.family.visual
         prefix = visual is not None and visual.prefix and tower.name == visual.tower
         known = not prefix and getattr(tower.config, "sliding_window", None) is None
@@ -300,9 +344,28 @@ def importance_in(
     causal: bool,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """[B, T]: what tokens are worth by one block's attention as it runs, where those that fade count less.
+    """Return token importance in one block, from its attention with the current token masks as key weights.
 
-    lse  [B, H, T] of that attention, of queries that ask; None: to be computed
+    Parameters
+    ----------
+    query : Tensor [B, H, T, d], fp32/bf16/fp16
+        Queries, after any rotary embedding.
+    key : Tensor [B, Hkv, T, d], dtype of query
+        Keys, likewise.
+    scale : float
+        Factor of the attention logits.
+    tokens : Tokens
+        At the block's input.
+    votes : Tensor [H], fp32, or None
+        Head masks of eq. (7).
+    causal : bool
+        Whether the attention is causal.
+    lse : Tensor [B, H, T], fp32, optional
+        Log-sum-exp of that attention, for the queries that importance sums over; computed if None.
+
+    Returns
+    -------
+    Tensor [B, T], fp32
     """
     weights = None
     if not tokens.whole or tokens.mask is not None:
@@ -320,7 +383,7 @@ def importance_in(
 
 
 def _of_text(tower: Tower, ids: Tensor, attention_mask: Tensor | None) -> Tokens:
-    """The tokens of a text tower: all may leave but the one that is pooled, or that stands for all others."""
+    """Return the tokens of a text tower: all prunable but the one that is pooled."""
     whole = attention_mask is None or attention_mask.dim() != 2
     valid = torch.ones_like(ids, dtype=torch.bool) if whole else attention_mask.bool()  # type: ignore[union-attr]
     pooled = tower.rows_read({"input_ids": ids})
@@ -331,12 +394,12 @@ def _of_text(tower: Tower, ids: Tensor, attention_mask: Tensor | None) -> Tokens
 
 
 def _leaves_behind(tower: Tower, layer: int) -> bool:
-    """Whether anything runs on, or reads, the tokens that a block leaves: not where one row of the last is pooled."""
+    """Return whether anything reads a block's full output: not of the last block if one of its rows is pooled."""
     return layer < tower.depth - (tower.paths.pool is not None)
 
 
 def memories(anatomy: Anatomy) -> dict[str, str]:
-    """Tower -> the tower that its cross-attention reads: the one before it."""
+    """Return reader tower -> the tower that its cross-attention attends to, which is the one before it."""
     names = list(anatomy.towers)
     return {
         name: names[place - 1]

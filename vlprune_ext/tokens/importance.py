@@ -1,4 +1,4 @@
-"""What tokens are worth by the attention that they receive (CoMP, arXiv 2604.02956, eqs. 6 and 7)."""
+"""Token importance from the attention that tokens receive (CoMP, arXiv 2604.02956, eqs. 6 and 7)."""
 
 from __future__ import annotations
 
@@ -9,36 +9,46 @@ from .. import ops
 
 
 def token_importance(
-    query: Tensor,  # [B, H, Tq, d]
-    key: Tensor,  # [B, Hkv, T, d]
-    lse: Tensor,  # [B, H, Tq]
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
     *,
-    head_mask: Tensor | None = None,  # [H] or [B, H]
-    query_mask: Tensor | None = None,  # [B, Tq]
-    key_weight: Tensor | None = None,  # [B, T]
+    head_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    key_weight: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """What tokens are worth: ``S_i = Norm(sum_n max_h m_h A_hni)``, eq. (6), and with ``head_mask`` eq. (7).
+    """Return token importance ``S_i = Norm(sum_n max_h m_h A_hni)``: CoMP, arXiv 2604.02956, eqs. (6) and (7).
 
-    A is the attention, n the tokens that ask, h the heads; Norm divides by the sum, so that a sample's scores sum to
-    one. Masks of heads weigh A after the softmax, where a pruned head says nothing; before it, zeroed queries would say
-    that all tokens are alike.
+    A are the attention weights, n the query tokens, h the heads; without ``head_mask``, eq. (6), with it, eq. (7). Norm
+    divides by the sum, so that a sample's scores sum to one. Head masks multiply A after the softmax, where a pruned
+    head contributes 0; zeroed queries before it would give uniform attention.
 
     Parameters
     ----------
-    query, key, lse : as `ops.attention_importance` takes them
-    head_mask : [H] or [B, H], floating point, optional
-        m, in [0, 1]: 0 for a head that is gone, between for one that is going.
-    query_mask : bool, optional
-        False for padding, which does not ask.
-    key_weight : floating point, optional
-        How many times each token counts as a key in A, as in ``lse``: 0 for padding, between for a token that is going.
+    query : Tensor [B, H, Tq, d], fp32/fp16/bf16
+        Queries, after any rotary embedding.
+    key : Tensor [B, Hkv, T, d], dtype of query
+        Keys, likewise; Hkv divides H (grouped-query attention).
+    lse : Tensor [B, H, Tq], fp32
+        Log-sum-exp of the attention logits, as `ops.attention_importance` takes it.
+    head_mask : Tensor [H] or [B, H], floating point, optional
+        m, in [0, 1]: 0 for a pruned head, between for one whose mask is being annealed.
+    query_mask : Tensor [B, Tq], bool, optional
+        False for padding, which is left out of the sum over queries.
+    key_weight : Tensor [B, T], floating point, optional
+        Weight of each key in the softmax, as in ``lse``: 0 for padding, between for a token whose mask is being
+        annealed.
+    causal : bool
+        Queries attend to earlier keys only.
+    scale : float, optional
+        Factor of the attention logits, d**-0.5 by default.
 
     Returns
     -------
-    [B, T], fp32
-        0 for all tokens of a sample that receive nothing.
+    Tensor [B, T], fp32
+        All 0 for a sample whose tokens receive no attention.
     """
     if head_mask is not None:
         head_mask = head_mask.float().reshape(-1, head_mask.shape[-1]).to(query.device)

@@ -1,6 +1,6 @@
-"""Attention masks of fewer tokens, in the form in which transformers gave them.
+"""Attention masks gathered for the kept tokens, in the form in which transformers passes them.
 
-A mask is None (all tokens, or all up to each), [B, T] of valid keys (flash attention), or [B, 1, Tq, Tk], bool or
+A mask is None (full or causal attention, implied), [B, T] of valid keys (flash attention), or [B, 1, Tq, Tk], bool or
 additive.
 """
 
@@ -13,7 +13,7 @@ from .. import ops
 
 
 def _like(seen: Tensor, given: Tensor | None) -> Tensor:
-    """A bool mask in the dtype of another."""
+    """Cast a bool mask to the form of ``given``: bool, 0/1 of its dtype, or additive."""
     if given is None or given.dtype == torch.bool:
         return seen
     if given.dim() == 2:
@@ -22,11 +22,29 @@ def _like(seen: Tensor, given: Tensor | None) -> Tensor:
 
 
 def _never(given: Tensor) -> float:
+    """Return the additive value that masks a key in the mask's dtype."""
     return torch.finfo(given.dtype).min
 
 
 def shrink(given: Tensor | None, index: Tensor, valid: Tensor | None, flash: bool) -> Tensor | None:
-    """The mask of the tokens ``index`` [B, K], of which those that are not ``valid`` count for nothing."""
+    """Gather an attention mask at the kept tokens.
+
+    Parameters
+    ----------
+    given : Tensor [B, T] or [B or 1, 1, T, T], bool, integer or additive, or None
+        The mask of the longer sequence.
+    index : Tensor [B, K], int64
+        Positions of the kept tokens.
+    valid : Tensor [B, K], bool, or None
+        False for padding entries, which no query attends to; None: there are none.
+    flash : bool
+        Whether the attention is flash attention, which takes [B, K] masks.
+
+    Returns
+    -------
+    Tensor or None
+        [B, K], or [B, 1, K, K]; None where causal attention without a mask suffices.
+    """
     batch, keep = index.shape
     if given is None:
         if valid is None:
@@ -34,7 +52,7 @@ def shrink(given: Tensor | None, index: Tensor, valid: Tensor | None, flash: boo
         if flash:
             return valid
         order = torch.ones(keep, keep, dtype=torch.bool, device=index.device).tril()
-        # A filler sees itself, so that no row is empty.
+        # Padding attends to itself, so that no row of the softmax is empty.
         own = torch.eye(keep, dtype=torch.bool, device=index.device)
         return (order & valid[:, None] | own)[:, None]
     if given.dim() == 2:
@@ -53,10 +71,29 @@ def shrink(given: Tensor | None, index: Tensor, valid: Tensor | None, flash: boo
 def extend(
     given: Tensor | None, tokens: int, valid: Tensor | None, held: int, left: int, hidden: Tensor, flash: bool
 ) -> Tensor | None:
-    """The mask of the new tokens ``hidden`` [B, new, D].
+    """Build the attention mask of new tokens over a pruned KV cache.
 
-    Of the ``held`` entries in the cache, the first ``left`` are what a prefill of ``tokens`` left, those that are
-    ``valid`` [B, left].
+    Parameters
+    ----------
+    given : Tensor [B, T] or [B or 1, 1, new, T], or None
+        The mask over the full sequence, T tokens, cached and new.
+    tokens : int
+        Length of the prefill in the full sequence.
+    valid : Tensor [B, left], bool, or None
+        False for padding among the kept prefill entries; None: there is none.
+    held : int
+        Entries in the cache.
+    left : int
+        Leading entries of these that come from the prefill.
+    hidden : Tensor [B, new, D]
+        States of the new tokens.
+    flash : bool
+        Whether the attention is flash attention, which takes masks [B, held + new].
+
+    Returns
+    -------
+    Tensor or None
+        [B, held + new], or [B, 1, new, held + new]; None where no mask is needed.
     """
     if valid is None and given is None:
         return None

@@ -1,4 +1,4 @@
-"""Visual tokens merged within a vision tower, block by block."""
+"""Token merging in a vision tower, block by block, between attention and MLP."""
 
 from __future__ import annotations
 
@@ -18,22 +18,52 @@ from .pruning import Pruning
 
 @dataclass
 class Images:
-    """A batch of images on its way through the tower."""
+    """Batch of N images during the vision tower's forward.
+
+    Parameters
+    ----------
+    patches : int
+        P, patches of each image.
+    schedule : list of int
+        How many tokens each block merges away.
+    size : Tensor [N, T], fp32
+        Number of patches merged into each token.
+    places : Tensor [N, T], int64
+        Position of each token in the unmerged sequence, class token included.
+    keys : Tensor [N, T, d], fp32, optional
+        Keys of the running block, mean over heads.
+    states : Tensor [N, T', D], optional
+        Merged residual stream between the block's attention and its MLP.
+    added : Tensor [N, T', D], optional
+        Output of the block's MLP.
+    """
 
     patches: int
     schedule: list[int]
-    size: Tensor  # [N, T] fp32, patches in each token
-    places: Tensor  # [N, T] where each token was
-    keys: Tensor | None = None  # [N, T, d], of the block that runs
-    states: Tensor | None = None  # [N, T', D], between its attention and its MLP
-    added: Tensor | None = None  # [N, T', D], what its MLP adds
+    size: Tensor
+    places: Tensor
+    keys: Tensor | None = None
+    states: Tensor | None = None
+    added: Tensor | None = None
 
 
 class MergingTower:
-    """The hooks on a vision tower's blocks.
+    """Merge tokens in the blocks of a vision tower, by hooks.
 
-    A block adds its MLP's output to a residual that it holds itself. So tokens merge in front of the MLP's norm, the
-    MLP runs on those that are left, and their sum replaces the block's result.
+    A block adds its MLP's output to a residual that it holds itself, out of a hook's reach. So tokens are merged at the
+    input of the MLP's norm, the MLP runs on the merged tokens, and the sum of both replaces the block's output.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+    method : MergeTokens
+    pruning : Pruning
+        Records which tokens are kept.
+
+    Raises
+    ------
+    ValueError
+        A block without a known attention and pre-norm; flash attention, which cannot weigh tokens by their size.
     """
 
     def __init__(self, anatomy: Anatomy, method: MergeTokens, pruning: Pruning) -> None:
@@ -43,7 +73,10 @@ class MergingTower:
         self.images: Images | None = None
         for block in self.tower.blocks[: self.tower.depth]:
             if "head" not in block.sites or block.norm is None:
-                raise ValueError(f"{method.name}: {type(block.module).__name__} is not a block that it knows")
+                raise ValueError(
+                    f"{method.name}: {type(block.module).__name__} is not supported; expected a block with a known"
+                    " attention and a norm before it"
+                )
         if "flash" in str(self.tower.config._attn_implementation):
             raise ValueError(
                 f"{method.name}: its attention weighs tokens by their size, which flash attention cannot; load the"
@@ -51,6 +84,7 @@ class MergingTower:
             )
 
     def install(self, patches: Patches) -> None:
+        """Register the hooks; ``patches`` removes them when it exits."""
         for layer, block in enumerate(self.tower.blocks[: self.tower.depth]):
             if layer == 0:
                 patches.pre_hook(block.module, self._begin, with_kwargs=True)
@@ -58,7 +92,7 @@ class MergingTower:
             attention.watch(patches, block.sites["head"], self._note_keys)
             patches.pre_hook(block.sites["neurons"].skip[0], self._merge_hook(layer))
             patches.hook(block.sites["neurons"].module, self._hold)
-            # First of all hooks, so that whoever records hidden states sees this one's.
+            # Before all other hooks, so that recorders of hidden states see the merged output.
             patches.hook(block.module, self._sum, prepend=True)
 
     def _begin(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -80,6 +114,7 @@ class MergingTower:
         self.images.keys = key.float().mean(1)
 
     def _weight(self) -> Tensor | None:
+        """Return the key weights [N, T] of the attention: token sizes; None before anything merged."""
         images = self.images
         assert images is not None
         return images.size if images.size.shape[1] < images.patches + self.tower.cls else None
@@ -101,6 +136,7 @@ class MergingTower:
         return merge
 
     def _hold(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Keep the MLP's output for `_sum`, and give the block a zero to add."""
         images = self.images
         if images is None or images.states is None:
             return None
@@ -108,6 +144,7 @@ class MergingTower:
         return output.new_zeros(1)
 
     def _sum(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Return residual plus MLP output of the merged tokens in place of the block's own sum."""
         images = self.images
         if images is None or images.states is None:
             return None
@@ -117,7 +154,18 @@ class MergingTower:
         return found
 
     def spread(self, states: Tensor) -> Tensor:
-        """The merged patches [N, T', D] at their places among all [N, P, D]; zero elsewhere."""
+        """Scatter the merged patches [N, T', D] to their positions among all patches [N, P, D]; 0 elsewhere.
+
+        Parameters
+        ----------
+        states : Tensor [N, T', D]
+            Features of the merged patches, without the class token.
+
+        Raises
+        ------
+        ValueError
+            Another number of features than of merged patches.
+        """
         images = self.images
         assert images is not None
         places = images.places[:, self.tower.cls :] - self.tower.cls
@@ -126,13 +174,13 @@ class MergingTower:
                 f"{self.method.name}: {states.shape[1]} features of an image, {places.shape[1]} patches left; expected"
                 " one of each"
             )
-        if places.shape[1] == images.patches:  # a copy could be laid out otherwise, and the projector round otherwise
+        if places.shape[1] == images.patches:  # a scattered copy's layout could change the projector's rounding
             return states
         full = states.new_zeros(states.shape[0], images.patches, states.shape[2])
         return full.scatter(1, places[..., None].expand_as(states), states)
 
     def kept(self) -> Tensor:
-        """[N, P] fp32: 1 where a patch stands for those merged into it."""
+        """Return the mask [N, P] fp32 of patches that represent those merged into them."""
         images = self.images
         assert images is not None
         places = images.places[:, self.tower.cls :] - self.tower.cls

@@ -1,8 +1,8 @@
-"""What a method of token pruning says: where visual tokens leave, and how much each of them is worth.
+"""Interfaces of token-pruning methods: where visual tokens are pruned, and a score for each of them.
 
-There are three kinds, by what they change. `DropTokens`: tokens leave the residual stream of the language model, or
-what its cross-attention reads, at some blocks. `EvictTokens`: they leave the key-value cache after the prefill.
-`MergeTokens`: they are merged within the vision tower.
+By what they prune: `DropTokens`, the residual stream of the language model, or the states that its cross-attention
+reads; `EvictTokens`, the KV cache after the prefill; `MergeTokens`, the vision tower, whose tokens are merged;
+`PruneTowers`, any tower, by hooks of its own.
 """
 
 from __future__ import annotations
@@ -24,40 +24,99 @@ POSITIONS = ("keep", "renumber")
 
 @dataclass(frozen=True)
 class View:
-    """Tokens at the door of a block: T of them, visual ones and others."""
+    """Inputs of `DropTokens.score`: the T tokens at a block's input, visual and others.
+
+    Parameters
+    ----------
+    layer : int
+        The block.
+    states : Tensor [B, T, D]
+        Hidden states that enter it.
+    visual : Tensor [B, T], bool
+        True for visual tokens.
+    count : Tensor [B], int64
+        How many visual tokens to keep.
+    received : Tensor [B, T], fp32, optional
+        Attention that each token receives in the block before; see `DropTokens.reads_attention`.
+    ids : Tensor [B, T0], int64, optional
+        Ids of the whole prompt before any drop; 0 at padding.
+    summary : Tensor [B, T], fp32, optional
+        1 for visual tokens kept by `SummariseTokens.summarise`.
+    """
 
     layer: int
-    states: Tensor  # [B, T, D] what enters the block
-    visual: Tensor  # [B, T] bool
-    count: Tensor  # [B] int64, how many visual tokens will stay
-    received: Tensor | None = None  # [B, T] fp32, see DropTokens.reads_attention
-    ids: Tensor | None = None  # [B, T0] int64, the ids of the whole batch, before anything left; 0 where padded
-    summary: Tensor | None = None  # [B, T] fp32, see SummariseTokens
+    states: Tensor
+    visual: Tensor
+    count: Tensor
+    received: Tensor | None = None
+    ids: Tensor | None = None
+    summary: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a vision tower knows of its images: N of them, P patches each."""
+    """Inputs of `SummariseTokens.summarise`: a vision tower's features of P patches of N images.
 
-    states: Tensor  # [N, P, D] what the language model is going to get
-    cls_attention: Tensor  # [N, P] fp32, what the class token gives each patch, summed over heads
-    keys: Tensor  # [N, P, d] fp32, of the same attention, their mean over heads
+    Parameters
+    ----------
+    states : Tensor [N, P, D]
+        Input of the projector to the language model.
+    cls_attention : Tensor [N, P], fp32
+        Attention weights of the class token, summed over heads.
+    keys : Tensor [N, P, d], fp32
+        Keys of the same attention, mean over heads.
+    """
+
+    states: Tensor
+    cls_attention: Tensor
+    keys: Tensor
 
 
 @dataclass(frozen=True)
 class CacheView:
-    """The key-value cache of one block after the prefill, and what the attention gave each key."""
+    """Inputs of `EvictTokens.evict`: one block's KV cache after the prefill; H is the number of key-value heads.
+
+    Parameters
+    ----------
+    layer : int
+        The block.
+    keys, values : Tensor [B, H, T, d]
+        The cache entries.
+    visual : Tensor [B, T], bool
+        True for visual tokens.
+    valid : Tensor [B, T], bool
+        False for padding.
+    counts : tuple of B (int, int)
+        For each sample: visual tokens, all tokens.
+    received : Tensor [B, H, T], fp32
+        Attention that each key receives from the queries of `EvictTokens.rows`, summed over the heads of its group.
+    """
 
     layer: int
-    keys: Tensor  # [B, H, T, d], H key-value heads
-    values: Tensor  # [B, H, T, d]
-    visual: Tensor  # [B, T] bool
-    valid: Tensor  # [B, T] bool, no padding
-    counts: tuple[tuple[int, int], ...]  # for each sample: visual tokens, all tokens
-    received: Tensor  # [B, H, T] fp32, by the query heads of each key head: from `EvictTokens.rows`
+    keys: Tensor
+    values: Tensor
+    visual: Tensor
+    valid: Tensor
+    counts: tuple[tuple[int, int], ...]
+    received: Tensor
 
     def choose(self, score: Tensor, counts: list[int]) -> tuple[Tensor, Tensor | None]:
-        """For each head, the ``counts[b]`` tokens that stay, text first: as `choose`, [B, H, K] and [B, K]."""
+        """Return the ``counts[b]`` entries that each head keeps: text first, then by score.
+
+        Parameters
+        ----------
+        score : Tensor [B, H, T], fp32
+            The highest are kept.
+        counts : list of B int
+            Entries to keep of each sample, text included.
+
+        Returns
+        -------
+        index : Tensor [B, H, K], int64
+            Positions; K is the largest count.
+        valid : Tensor [B, K], bool, or None
+            False for padding of samples that keep fewer; None: there is none.
+        """
         heads = self.keys.shape[1]
 
         def each(x: Tensor) -> Tensor:
@@ -69,20 +128,28 @@ class CacheView:
         index = index.unflatten(0, (-1, heads))
         if counted is None:
             return index, None
-        # Fillers go to the front, so that the same entries count in every head.
+        # Padding goes to the front, so that one mask [B, K] serves every head.
         counted = counted.unflatten(0, (-1, heads))
         order = counted.int().argsort(dim=2, stable=True)
         return index.gather(2, order), counted.gather(2, order)[:, 0]
 
     def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, K, d] at positions [B, H, K]."""
+        """Gather keys and values [B, H, K, d] at positions [B, H, K]."""
         flat = [x.flatten(0, 1) for x in (self.keys, self.values)]
         keys, values = ops.compact_tokens(index.flatten(0, 1), flat)
         heads = self.keys.shape[1]
         return keys.unflatten(0, (-1, heads)), values.unflatten(0, (-1, heads))
 
     def kept(self, index: Tensor, counted: Tensor | None) -> Tensor:
-        """[B, H, T] bool: which tokens each head keeps."""
+        """Return the mask [B, H, T] bool of the entries that each head keeps.
+
+        Parameters
+        ----------
+        index : Tensor [B, H, K], int64
+            Positions.
+        counted : Tensor [B, K], bool, or None
+            False for padding among them; None: there is none.
+        """
         stays = torch.ones_like(index) if counted is None else counted[:, None].expand_as(index).long()
         return (
             torch.zeros(self.received.shape, dtype=torch.int64, device=index.device).scatter_add_(2, index, stays) > 0
@@ -91,23 +158,41 @@ class CacheView:
 
 @dataclass(frozen=True)
 class Asking:
-    """The attention of a block of a decoder: who asks what."""
+    """Inputs of `DropTokens.receive`: queries and keys of one decoder block during the prefill.
 
-    query: Tensor  # [B, H, T, d]
-    key: Tensor  # [B, Hkv, T, d]
+    Parameters
+    ----------
+    query : Tensor [B, H, T, d]
+        Queries, after rotary embedding.
+    key : Tensor [B, Hkv, T, d]
+        Keys, likewise.
+    scale : float
+        Factor of the attention logits.
+    layer : int
+        The block.
+    visual : Tensor [B, T], bool
+        True for visual tokens.
+    valid : Tensor [B, T], bool
+        False for padding.
+    row : Tensor [B], int64
+        Index of the last instruction token.
+    """
+
+    query: Tensor
+    key: Tensor
     scale: float
-    layer: int  # of the block
-    visual: Tensor  # [B, T] bool
-    valid: Tensor  # [B, T] bool
-    row: Tensor  # [B] the last instruction token
+    layer: int
+    visual: Tensor
+    valid: Tensor
+    row: Tensor
 
     @property
     def prompt(self) -> Tensor:
-        """[B, T] bool: what is up to the last instruction token."""
+        """Mask [B, T] bool of valid tokens up to the last instruction token."""
         return self.valid & (torch.arange(self.key.shape[2], device=self.key.device) <= self.row[:, None])
 
     def from_row(self) -> Tensor:
-        """[B, Hkv, T]: the attention of the last instruction token, summed over the query heads of each key head."""
+        """Return the attention weights [B, Hkv, T] of the last instruction token, summed over grouped heads."""
         from .attention import from_rows
 
         asking = ops.compact_tokens(self.row[:, None], [self.query], [2])[0]
@@ -115,15 +200,28 @@ class Asking:
 
 
 def share(keep: float, count: int) -> int:
-    """How many of ``count`` tokens a share is: rounded to the nearest, at least one of any."""
+    """Return a keep ratio as a number of tokens: rounded to the nearest, at least 1 unless ``count`` is 0."""
     return min(count, max(1, round(keep * count))) if count else 0
 
 
 def choose(score: Tensor, protected: Tensor, counts: list[int]) -> tuple[Tensor, Tensor | None]:
-    """The ``counts[b]`` tokens of highest score in each row [B, T], protected ones first.
+    """Select the ``counts[b]`` tokens of highest score in each row, protected ones first.
 
-    Returns positions [B, K], ascending, K the largest count, and which of them count [B, K] bool; None if all do. A
-    score of NaN (padding) comes after all others.
+    Parameters
+    ----------
+    score : Tensor [B, T], fp32
+        NaN (padding) ranks below all others.
+    protected : Tensor [B, T], bool
+        True for tokens that rank above all others.
+    counts : list of B int
+        How many to keep in each row.
+
+    Returns
+    -------
+    index : Tensor [B, K], int64
+        Positions, ascending; K is the largest count.
+    valid : Tensor [B, K], bool, or None
+        False for padding of rows that keep fewer; None: there is none.
     """
     keep = max(counts)
     index = ops.select_tokens(score, keep, protected)
@@ -135,91 +233,152 @@ def choose(score: Tensor, protected: Tensor, counts: list[int]) -> tuple[Tensor,
 
 
 class TokenMethod:
-    """A method of token pruning: a frozen dataclass whose fields are its hyper-parameters."""
+    """Base of all token-pruning methods: frozen dataclasses whose fields are the hyper-parameters."""
 
-    keep: float  # the share that the method is told to keep, of what is its own business
+    keep: float  # keep ratio, of what each method defines
 
     @property
     def name(self) -> str:
+        """Class name, for messages."""
         return type(self).__name__
 
 
 @dataclass(frozen=True)
 class DropTokens(TokenMethod, ABC):
-    """Visual tokens leave at the door of some blocks. Text always stays.
+    """Drop visual tokens from the residual stream before some blocks; text tokens are always kept.
 
-    positions    "keep"      tokens keep the position ids that they had (default)
-                 "renumber"  those that are left are counted anew from the block on at which tokens left
+    Parameters
+    ----------
+    positions : {"keep", "renumber"}
+        "keep": kept tokens retain their position ids. "renumber": they are numbered consecutively, from the first block
+        behind a drop on.
     """
 
     positions: str = field(default="keep", kw_only=True)
-    reads_attention: ClassVar[bool] = False  # `View.received`: from the last instruction token, in the block before
+    reads_attention: ClassVar[bool] = False  # fill `View.received`, from the attention of the block before
 
     @abstractmethod
     def stages(self, blocks: int) -> dict[int, float]:
-        """Block -> share of the visual tokens of the input that enter it, for a language model of so many blocks."""
+        """Return block -> ratio of the input's visual tokens that enter it, of ``blocks`` blocks."""
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
-        """[B, T]: the visual tokens of highest score stay. Values at other tokens do not matter."""
+        """Return scores [B, T]: the visual tokens of highest score are kept; those of other tokens are ignored."""
 
     def stay(self, view: View) -> Tensor | None:
-        """[B, T] bool: the visual tokens that stay, where they are not so many as `stages` says; None: as many."""
+        """Return the mask [B, T] bool of visual tokens to keep; None: as many as `stages` says, by `score`."""
         return None
 
     def watches(self, layer: int) -> bool:
-        """Whether a stage looks at the attention of the block before."""
+        """Return whether the stage at block ``layer`` reads the attention of the block before."""
         return self.reads_attention
 
     def receive(self, asking: Asking) -> Tensor:
-        """[B, T] fp32: `View.received`, here what all heads of the last instruction token give each key."""
+        """Return `View.received` [B, T] fp32: here the last instruction token's attention, summed over all heads."""
         return asking.from_row().sum(1)
 
 
 @dataclass(frozen=True)
 class SummariseTokens(DropTokens, ABC):
-    """`DropTokens` that looks at the vision tower's features before the language model reads them."""
+    """Drop visual tokens by the vision tower's features, some of which may be merged, before the language model."""
 
     @abstractmethod
     def summarise(self, features: Features, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` tokens of each image, before they enter the language model: kept [N, P] bool and their states."""
+        """Choose ``count`` tokens of each image before the projector.
+
+        Parameters
+        ----------
+        features : Features
+            Of P patches of N images.
+        count : int
+            Tokens to keep of each image.
+
+        Returns
+        -------
+        kept : Tensor [N, P], bool
+            True at the positions that are kept.
+        states : Tensor [N, P, D]
+            The projector's input, with merged features at kept positions.
+        """
 
 
 class PruneTowers(TokenMethod, ABC):
-    """Tokens of any tower leave behind its blocks, visual or not."""
+    """Prune tokens of any tower, visual or not, by the method's own hooks."""
 
     @abstractmethod
     def install(self, patches: Patches, anatomy: Anatomy, pruning: Pruning) -> None:
-        """Put the hooks in place."""
+        """Register the method's hooks.
+
+        Parameters
+        ----------
+        patches : Patches
+            Owns the hooks; they are removed when it exits.
+        anatomy : Anatomy
+            The model.
+        pruning : Pruning
+            To record which tokens are kept.
+        """
 
 
 @dataclass(frozen=True)
 class EvictTokens(TokenMethod, ABC):
-    """Visual tokens leave the key-value cache after the prefill, each head its own."""
+    """Evict visual tokens from the KV cache after the prefill, for each key-value head separately."""
 
-    rows: ClassVar[str] = "last"  # whose attention counts: that of the "last" instruction token, or of "all" tokens
+    rows: ClassVar[str] = "last"  # queries of `CacheView.received`: the "last" instruction token, or "all" tokens
 
     def starts(self, blocks: int) -> int:
-        """The first block whose cache shrinks."""
+        """Return the first block whose KV cache is pruned, of ``blocks`` blocks."""
         return 0
 
     @abstractmethod
     def evict(self, view: CacheView) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Positions that stay [B, H, K], which of them count [B, K] (None: all), their keys and values [B, H, K, d]."""
+        """Choose the cache entries of one block that are kept, H key-value heads each for itself.
+
+        Parameters
+        ----------
+        view : CacheView
+            The block's cache after the prefill.
+
+        Returns
+        -------
+        index : Tensor [B, H, K], int64
+            Positions to keep.
+        valid : Tensor [B, K], bool, or None
+            False for padding of samples that keep fewer; None: there is none.
+        keys, values : Tensor [B, H, K, d]
+            The new entries, perhaps merged with evicted ones.
+        """
 
 
 @dataclass(frozen=True)
 class MergeTokens(TokenMethod, ABC):
-    """Visual tokens are merged within the blocks of the vision tower, between attention and MLP."""
+    """Merge visual tokens within the blocks of the vision tower, between attention and MLP."""
 
     @abstractmethod
     def schedule(self, tokens: int, blocks: int) -> list[int]:
-        """How many of ``tokens`` patches each block merges into others."""
+        """Return how many of ``tokens`` patches each of ``blocks`` blocks merges away."""
 
     @abstractmethod
     def merge(self, states: Tensor, keys: Tensor, size: Tensor, merged: int, cls: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One block's step.
+        """Merge ``merged`` tokens of one block into others.
 
-        states [N, T, D]; keys [N, T, d], mean over heads; size [N, T] patches in each token; merged: how many go; cls:
-        class tokens in front, which stay apart. Returns states, sizes and the positions that stay [N, T - merged].
+        Parameters
+        ----------
+        states : Tensor [N, T, D]
+            Residual stream after the block's attention.
+        keys : Tensor [N, T, d], fp32
+            The attention's keys, mean over heads.
+        size : Tensor [N, T], fp32
+            Number of patches merged into each token.
+        merged : int
+            How many tokens to merge away.
+        cls : int
+            Leading class tokens, which are never merged.
+
+        Returns
+        -------
+        states : Tensor [N, T - merged, D]
+        size : Tensor [N, T - merged], fp32
+        index : Tensor [N, T - merged], int64
+            Positions of the kept tokens.
         """

@@ -1,4 +1,4 @@
-"""A plan's tokens, carried out: what a trained threshold or share says leaves, so that later blocks compute less."""
+"""Token pruning by a plan: the trained threshold or keep ratio of each tower, with pruned tokens dropped."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ from .pruning import Pruning
 
 @dataclass(frozen=True)
 class PlannedTokens(PruneTowers):
-    """What `Plan.tokens` says: tower -> {"threshold": importance} or {"keep": [share left behind each block]}.
+    """Prune tokens as `Plan.tokens` says.
 
-    votes  (tower, layer) -> [H] fp32, what heads have to say that are there but zeroed
+    Parameters
+    ----------
+    towers : mapping
+        Tower -> {"threshold": importance} or {"keep": [keep ratio behind each block]}.
+    votes : mapping of (tower, layer) to Tensor [H], fp32
+        Head masks of eq. (7) in CoMP (arXiv 2604.02956), for heads that are zeroed but not removed.
     """
 
     towers: Mapping[str, Mapping[str, Any]]
@@ -30,7 +35,7 @@ class PlannedTokens(PruneTowers):
 
     @classmethod
     def of(cls, model: nn.Module) -> PlannedTokens:
-        """What the plans say that were applied to a model; the last word on each tower counts."""
+        """Return the method of the plans that were applied to a model; the latest one decides for each tower."""
         towers: dict[str, Mapping[str, Any]] = {}
         plans = (getattr(model, "vlprune", None) or {}).get("plans", [])
         for record in plans:
@@ -67,7 +72,7 @@ class PlannedTokens(PruneTowers):
 
 
 def _votes(anatomy: Anatomy, towers: Iterable[str]) -> dict[tuple[str, int], Tensor]:
-    """(tower, layer) -> [H]: 0 for heads that have nothing to say, told from what reads them."""
+    """Return head masks (tower, layer) -> [H] fp32: 0 for heads whose columns of the output projection are zero."""
     votes = {}
     for name in towers:
         for layer, block in enumerate(anatomy.tower(name).blocks):
@@ -84,11 +89,16 @@ def _threshold(schedule: Mapping[str, Any]) -> Threshold:
 
 @dataclass
 class TokenRemoval(TokenFlow):
-    """`TokenFlow` that takes out what left, in towers that are not a decoder with visual tokens.
+    """Drop tokens that `TokenFlow` would mask, in towers other than a decoder with visual tokens.
 
-    Samples that keep fewer tokens than others of their batch are filled up with tokens that no key counts. Behind the
-    last block a tower's tokens take their places again, zero where they left; who reads them all gets those that are
-    left.
+    Samples that keep fewer tokens than others of their batch are padded with masked entries. Behind the last block a
+    tower's tokens are scattered to their positions in the full sequence, 0 where dropped; a reader that cross-attends
+    to all of them gets the kept ones only.
+
+    Parameters
+    ----------
+    pruning : Pruning, optional
+        Records which tokens are kept in the tower it names.
     """
 
     pruning: Pruning | None = None
@@ -103,7 +113,7 @@ class TokenRemoval(TokenFlow):
     def install(self, patches: Patches) -> None:
         for name, tower in self.anatomy.towers.items():
             if name in self.towers and self.active(name):
-                for block in tower.blocks[tower.depth :]:  # nothing reads them
+                for block in tower.blocks[tower.depth :]:  # nothing reads their output
                     patches.forward(block.module, _pass_by)
         super().install(patches)
         for name in self._memory_of:
@@ -111,7 +121,7 @@ class TokenRemoval(TokenFlow):
             patches.pre_hook(owner, self._compact_memory(name), with_kwargs=True)
 
     def patches_left(self) -> Tensor | None:
-        """[N, P] fp32: which patches of each image left the vision tower as 1; None: all did."""
+        """Return the mask [N, P] fp32 of patches kept by the vision tower, 1 for kept; None if nothing was dropped."""
         tokens = self.state.get("vision")
         if tokens is None or tokens.index is None:
             return None
@@ -152,7 +162,7 @@ class TokenRemoval(TokenFlow):
                 self.pruning.begin(self.state[tower.name].free)
             if self.state[tower.name].index is None:
                 return None
-            # What is padding, or has left, is told by the weights of keys.
+            # Padding and dropped tokens are masked by the key weights instead.
             args = tuple(None if isinstance(a, Tensor) and a.dim() == 4 else a for a in args)
             return args, {**kwargs, "attention_mask": None} if "attention_mask" in kwargs else kwargs
 
@@ -180,9 +190,9 @@ class TokenRemoval(TokenFlow):
 
 
 def _taken_out(tokens: Tokens) -> tuple[Tokens, Tensor | None]:
-    """The tokens that are alive, and which of all these are, [B, K]; fillers where a sample has fewer.
+    """Return the unpruned tokens, padded to the longest sample, and their indices [B, K] in the block's output.
 
-    None in place of these where a sample has kept all: nothing would be smaller.
+    The indices are None where one sample keeps all of its tokens, so that the sequence cannot shrink.
     """
     alive = tokens.alive
     counts = alive.sum(1).tolist()
@@ -200,9 +210,9 @@ def _taken_out(tokens: Tokens) -> tuple[Tokens, Tensor | None]:
 
 
 def _whole(tokens: Tokens, output: Tensor) -> Tensor:
-    """A block's output [B, K, D] at the places of the whole sequence; zero where tokens have left."""
+    """Scatter a block's output [B, K, D] to its positions in the full sequence [B, T, D]; 0 at dropped tokens."""
     assert tokens.index is not None
-    place = tokens.index.masked_fill(~tokens.valid, tokens.length)  # fillers go behind all others
+    place = tokens.index.masked_fill(~tokens.valid, tokens.length)  # padding goes to a row that is cut off
     full = output.new_zeros(output.shape[0], tokens.length + 1, output.shape[2])
     return full.scatter(1, place[..., None].expand_as(output), output)[:, : tokens.length]
 
@@ -213,7 +223,17 @@ def _pass_by(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
 
 @dataclass(frozen=True)
 class ByImportance(DropTokens):
-    """Visual tokens leave a decoder by eq. (7), after those that left in the vision tower."""
+    """Drop a decoder's visual tokens by eq. (7) of CoMP, after those dropped in the vision tower.
+
+    Parameters
+    ----------
+    limit : Threshold
+        Of the decoder.
+    removal : TokenRemoval
+        Of the other towers.
+    votes : mapping of (tower, layer) to Tensor [H], fp32
+        Head masks.
+    """
 
     limit: Threshold
     removal: TokenRemoval

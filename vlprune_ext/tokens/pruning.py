@@ -1,4 +1,4 @@
-"""What left, as the user of `prune_tokens` sees it."""
+"""Record of the tokens kept within `prune_tokens`."""
 
 from __future__ import annotations
 
@@ -10,30 +10,57 @@ from torch import Tensor
 
 @dataclass
 class Pruning:
-    """What the last prompt lost: the object that ``with prune_tokens(..) as pruning`` gives.
+    """Record of the latest prompt's kept tokens: what ``with prune_tokens(...) as pruning`` yields.
 
-    tower     whose blocks see fewer tokens
-    blocks    how many it has
-    visual    [B, T] bool, the visual tokens of the input; in a vision tower, its patches
-    kept      block -> [B, T] bool, the tokens that enter it; of a key-value cache, those that any head keeps
+    Attributes
+    ----------
+    tower : str
+        The tower whose blocks see fewer tokens.
+    blocks : int
+        Its number of blocks.
+    visual : Tensor [B, T], bool
+        True for visual tokens of the input; in a vision tower, for patches.
+    kept : dict of Tensor [B, T], bool
+        Block -> True for tokens that enter it; for a KV cache, for those that any head keeps.
     """
 
     tower: str = ""
     blocks: int = 0
     visual: Tensor | None = None
     kept: dict[int, Tensor] = field(default_factory=dict)
-    _count: dict[int, Tensor] = field(default_factory=dict, repr=False)  # visual tokens left, of each head on average
+    _count: dict[int, Tensor] = field(default_factory=dict, repr=False)  # block -> visual tokens kept, mean over heads
 
     def begin(self, visual: Tensor) -> None:
+        """Start the record of a new prompt, with its visual tokens [B, T] bool."""
         self.visual = visual
         self.kept, self._count = {}, {}
 
     def note(self, layer: int, index: Tensor, valid: Tensor) -> None:
-        """Tokens at ``index`` [B, K] are left from a block on, those that are ``valid``."""
+        """Record the tokens kept from a block on.
+
+        Parameters
+        ----------
+        layer : int
+            The first block that they enter.
+        index : Tensor [B, K], int64
+            Positions of the kept tokens.
+        valid : Tensor [B, K], bool
+            False for padding among them.
+        """
         self._note(layer, index, valid, heads=1)
 
     def note_cache(self, layer: int, index: Tensor, valid: Tensor | None) -> None:
-        """Entries at ``index`` [B, H, K] are left in the cache of a block, those that are ``valid`` [B, K]."""
+        """Record the KV-cache entries that a block keeps.
+
+        Parameters
+        ----------
+        layer : int
+            The block.
+        index : Tensor [B, H, K], int64
+            Positions that each of H key-value heads keeps.
+        valid : Tensor [B, K], bool, or None
+            False for padding among them; None: there is none.
+        """
         heads = index.shape[1]
         stays = torch.ones_like(index[:, 0], dtype=torch.bool) if valid is None else valid
         self._note(layer, index.flatten(1), stays.repeat(1, heads), heads)
@@ -45,7 +72,7 @@ class Pruning:
         self._count[layer] = (visual.gather(1, index) & valid).sum() / heads
 
     def share(self) -> float:
-        """The visual tokens that a block sees, as a share of those of the input, averaged over the tower's blocks."""
+        """Return the ratio of the input's visual tokens that a block sees, mean over the tower's blocks."""
         everything = float(self._seen().sum())
         now, total = everything, 0.0
         for layer in range(self.blocks):
@@ -54,7 +81,7 @@ class Pruning:
         return total / (self.blocks * everything)
 
     def left(self, sample: int = 0) -> Tensor:
-        """[P] bool: which of a sample's visual tokens are there at last."""
+        """Return the mask [P] bool of a sample's visual tokens that are kept to the last block."""
         visual = self._seen()
         last = self.kept[max(self.kept)] if self.kept else visual
         return last[sample][visual[sample]]

@@ -1,4 +1,4 @@
-"""``with prune_tokens(model, method)``: hooks on, hooks off."""
+"""`prune_tokens`: the context manager that installs a token method's hooks on a model and removes them."""
 
 from __future__ import annotations
 
@@ -28,32 +28,31 @@ _lock = threading.Lock()
 def prune_tokens(model: nn.Module, method: TokenMethod | None = None) -> Iterator[Pruning]:
     """Prune tokens in every forward and ``generate`` of ``model`` within the ``with`` block.
 
-    Works on batches, padded on either side, several images a sample, with SDPA, eager or flash attention, with or
-    without a key-value cache; a sample's result does not depend on its batch. Logits and losses keep their shapes.
-    Everything is as before on exit, also after an exception.
+    Works on batches padded on either side, with several images a sample, with SDPA, eager or flash attention, with or
+    without a KV cache; a sample's result does not depend on its batch. Logits and losses keep their shapes. All hooks
+    are removed on exit, also after an exception.
 
     Parameters
     ----------
-    model : a transformers model
-        One whose family the package knows (`anatomy.FAMILIES`) and that sees images.
+    model : transformers.PreTrainedModel
+        A model with images, of a family in `anatomy.FAMILIES`.
     method : TokenMethod, optional
-        Without one, those tokens leave of which the model's plan says so (`Plan.tokens`, as `CoMP` makes them), and
-        none where it does not. `FastV`, `PyramidDrop`, `VisionZip`, `DivPrune`, `RandomTokens` (the language model
-        computes less from a block on), `PLPHP`, `LookM` (its key-value cache shrinks after the prefill), `ToMe` (the
-        vision tower merges tokens).
+        By default the model's own plan (`Plan.tokens`, as `CoMP` makes it), which prunes nothing if it has none.
+        `FastV`, `PyramidDrop`, `VisionZip`, `DivPrune` and `RandomTokens` drop tokens from some block on, `PLPHP` and
+        `LookM` evict KV-cache entries after the prefill, `ToMe` merges tokens in the vision tower.
 
     Yields
     ------
     Pruning
-        What the last prompt lost.
+        Which tokens of the latest prompt were kept.
 
     Raises
     ------
     TypeError
-        A method that is none.
+        ``method`` is not a `TokenMethod`.
     ValueError
-        A model without visual tokens, a layer that it does not have, a method that needs a class token or a key-value
-        cache of visual tokens where there is none, a model within another such block. Later, within the block: a batch
+        A model without visual tokens, a layer out of range, a method that needs a class token or a KV cache of visual
+        tokens where there is none, a model whose tokens are being pruned already. Later, within the block: a batch
         without an image, without input_ids, a cache that is not dynamic, gradient checkpointing.
     """
     if method is None:
@@ -78,7 +77,7 @@ def prune_tokens(model: nn.Module, method: TokenMethod | None = None) -> Iterato
 
 
 def tokens_are_pruned(model: nn.Module) -> bool:
-    """Whether a model is within ``with prune_tokens(..)``."""
+    """Return whether a model is within ``with prune_tokens(...)``."""
     return any(module in _active for module in model.modules())
 
 
@@ -129,9 +128,9 @@ def _install(patches: Patches, anatomy: Anatomy, method: TokenMethod, pruning: P
 
 @dataclass(frozen=True)
 class _Representatives(DropTokens):
-    """Behind a vision tower that merged its tokens: those that stand for others."""
+    """Drop, before the language model, the visual tokens that a vision tower merged into others."""
 
-    of: str = ""  # the method that merged them
+    of: str = ""  # name of the merging method
 
     @property
     def name(self) -> str:
