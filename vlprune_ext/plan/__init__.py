@@ -1,4 +1,4 @@
-"""`Scores` and `Plan`: what was measured, and what is removed. Plain data, readable JSON."""
+"""`Scores` of modules and the `Plan` of what to prune. Plain data, readable JSON."""
 
 from .plan import Plan, Removed
 from .scores import Module, Scores

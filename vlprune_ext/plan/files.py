@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the JSON of scores and plans."""
+"""Atomic file writes, and the JSON files of scores and plans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FORMAT = 1
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file whole or not at all: temporary file, fsync, rename."""
+    """Write a text file atomically: temporary file, fsync, rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -26,6 +26,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def read_json(path: str | os.PathLike, kind: str) -> dict:
+    """Return the content of a JSON file of ``kind`` ("plan" or "scores"); raise ValueError if it is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""`Plan`: what is removed, made sparse, or masked. Plain data, readable JSON."""
+"""`Plan`: heads, neurons and blocks to remove, sparsity of weight matrices, token thresholds. Readable JSON."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ Removed = dict[str, dict[int, list[int]]]  # tower -> layer -> units
 
 @dataclass
 class Plan:
-    """What goes. Indices are those of the model the plan was made for.
+    """Pruning decisions for one model; indices are those of the model that the plan was made for.
 
-    heads        tower -> layer -> heads (key/value heads, with their query heads, under grouped queries)
-    cross_heads  the same for cross attention
-    neurons      tower -> layer -> neurons of the MLP's hidden layer
-                 of all three, units are in the order in which they were removed, the least important first
-    layers       tower -> blocks
-    sparsity     parameter name -> share of its entries that become zero
-    selection    which entries: fields of `layerwise.Selection`
-    tokens       tower -> which of its tokens leave behind each block: {"threshold": importance}, sample by sample, or
-                 {"keep": [share of each block]}. `prune_tokens` carries that out
-    shape        the units of every block of that model (`Anatomy.shape`): a plan for another model is refused
-    method       the method's name and fields, for the record
+    Parameters
+    ----------
+    shape : dict
+        Units of every block of that model (`Anatomy.shape`); a model of another shape is refused.
+    heads : dict
+        Tower -> layer -> heads to remove (under grouped-query attention, key/value heads with their query heads).
+    cross_heads : dict
+        The same for cross-attention.
+    neurons : dict
+        Tower -> layer -> neurons of the MLP's hidden dimension to remove. Of all three, units are in the order in which
+        they were removed, the least important first.
+    layers : dict
+        Tower -> blocks to remove.
+    sparsity : dict
+        Parameter name -> ratio of its entries to zero.
+    selection : dict
+        Fields of `weights.Selection`: which entries.
+    tokens : dict
+        Tower -> its token pruning behind each block: {"threshold": importance}, sample by sample, or {"keep": [keep
+        ratio of each block]}. `prune_tokens` applies it.
+    method : dict
+        The method's name and fields, for the record.
     """
 
     shape: dict[str, list[dict[str, int]]]
@@ -40,15 +51,27 @@ class Plan:
     method: dict = field(default_factory=dict)
 
     def units(self, kind: str) -> Removed:
-        """The removed units of a site kind: "head", "cross_head" or "neurons"."""
+        """Return tower -> layer -> removed units of a site kind: "head", "cross_head" or "neurons"."""
         return {"head": self.heads, "cross_head": self.cross_heads, "neurons": self.neurons}[kind]
 
     def removed(self, tower: str, kind: str, layer: int) -> list[int]:
-        """The units of one site that go, ascending; [] if none."""
+        """Return the removed units of one site, ascending; [] if none."""
         return sorted(self.units(kind).get(tower, {}).get(layer, []))
 
     def add(self, tower: str, kind: str, layer: int, units: list[int]) -> None:
-        """Remove more units of one site, the least important first, or (kind "layer") a block."""
+        """Add units of one site to those removed, or (kind "layer") a block.
+
+        Parameters
+        ----------
+        tower : str
+            The tower.
+        kind : {"head", "cross_head", "neurons", "layer"}
+            Kind of site, or the block itself.
+        layer : int
+            The block.
+        units : list of int
+            Units, the least important first; ignored for "layer".
+        """
         if kind == "layer":
             self.layers[tower] = sorted({*self.layers.get(tower, []), layer})
         else:
@@ -56,7 +79,7 @@ class Plan:
             of_tower[layer] = list(dict.fromkeys([*of_tower.get(layer, []), *units]))
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raise ValueError unless the plan was made for a model of this shape and is within its bounds."""
+        """Raise ValueError unless the plan was made for a model of this shape and its values are in range."""
         actual = anatomy.shape()
         if actual != self.shape:
             raise ValueError(f"plan: made for another model: {_first_difference(self.shape, actual)}")
@@ -104,6 +127,7 @@ class Plan:
             raise ValueError(f"plan: {kind} of {tower}.{layer}: {units}, expected distinct indices below {count}")
 
     def to_json(self) -> str:
+        """Return the plan as JSON text, one line per block."""
         content = {"kind": "plan", "format": FORMAT, **asdict(self)}
         # One line per block keeps a plan of thousands of neurons readable and its diffs short.
         lines = []
@@ -133,12 +157,12 @@ class Plan:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write JSON."""
+        """Write the plan as JSON, atomically."""
         write_text(path, self.to_json())
 
     @classmethod
     def from_dict(cls, content: dict) -> Plan:
-        """Rebuild a plan from its JSON content. Raises ValueError naming what is wrong."""
+        """Return the plan of JSON content; raise ValueError naming what is malformed."""
         try:
             removed = {
                 name: {
@@ -161,11 +185,12 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:
-        """Read what `save` wrote."""
+        """Read a plan that `save` wrote."""
         return cls.from_dict(read_json(path, "plan"))
 
 
 def _first_difference(planned: dict, actual: dict) -> str:
+    """Describe the first difference between two shapes."""
     if planned.keys() != actual.keys():
         return f"its towers are {', '.join(planned)}, the model's are {', '.join(actual)}"
     for tower in planned:

@@ -1,4 +1,4 @@
-"""`Scores`: what was measured of each module."""
+"""`Scores`: the measured importance of each module."""
 
 from __future__ import annotations
 
@@ -18,12 +18,24 @@ from .files import FORMAT, read_json, write_text
 
 
 class Module(NamedTuple):
-    """One removable part of a model: a head, a group of neurons, a whole layer."""
+    """One prunable part of a model: a head, a group of neurons, a weight matrix or a whole block.
+
+    Parameters
+    ----------
+    tower : str
+        The tower.
+    kind : str
+        One of `anatomy.KINDS`, or `anatomy.MATRIX`.
+    layer : int
+        The block.
+    index : int
+        Head, neuron group or matrix; 0 for a block. Hides the tuple's own ``index`` method.
+    """
 
     tower: str
-    kind: str  # one of anatomy.KINDS, or anatomy.MATRIX
+    kind: str
     layer: int
-    index: int = 0  # type: ignore[assignment]  # head, group or matrix; 0 for a layer. Hides the tuple's own `index`
+    index: int = 0  # type: ignore[assignment]
 
     def __str__(self) -> str:
         layer = f"{self.tower}.{self.layer}"
@@ -32,16 +44,37 @@ class Module(NamedTuple):
 
 @dataclass
 class Scores:
-    """How much an objective drops without each module: ``value = Z(f) - Z(f without module)``.
+    """Importance of each module: the drop of the objective without it, ``value = Z(f) - Z(f without module)``.
 
-    Or, where `parameters` names weight matrices, how much it depends on each, in the unit of the method that measured.
+    Where ``parameters`` names weight matrices, the dependence of the objective on each, in the unit of the method that
+    scored. M is the number of modules, S that of samples.
 
-    modules   list[Module]    what was scored, in order
-    value     [M] float64     mean drop; higher = more important; negative = the model is better without it
-    error     [M] float64     standard error of the mean, from paired per-sample differences
-    count     [M] int64       samples each module was judged on
-    samples   [M, S] float32  the paired differences themselves; NaN where a sample was skipped; None after loading
-    cost      [M] float64     parameters that go with the module; of a matrix, its entries
+    Attributes
+    ----------
+    modules : list of Module
+        The scored modules.
+    value : Tensor [M], float64
+        Mean drop; higher = more important; negative = the model is better without it.
+    error : Tensor [M], float64
+        Standard error of the mean, from paired per-sample differences.
+    count : Tensor [M], int64
+        Samples that each module was scored on.
+    cost : Tensor [M], float64
+        Parameters removed with the module; of a matrix, its entries.
+    objective : str
+        Name of the objective.
+    dense : float
+        The objective of the unpruned model.
+    neurons : dict
+        Tower -> layer -> group -> its neurons.
+    parameters : list of M str
+        Parameter names, where matrices were scored.
+    samples : Tensor [M, S], float32, optional
+        The paired differences; NaN where a sample was skipped; None after loading.
+    block_runs : int
+        Cost of scoring: rows run through blocks.
+    data : dict
+        Name, split and hash of the calibration data.
     """
 
     modules: list[Module]
@@ -50,12 +83,12 @@ class Scores:
     count: Tensor
     cost: Tensor
     objective: str = ""
-    dense: float = math.nan  # the objective of the model that was scored
-    neurons: dict[str, dict[int, list[list[int]]]] = field(default_factory=dict)  # tower -> layer -> group -> neurons
-    parameters: list[str] = field(default_factory=list)  # [M] names in the model, where matrices were scored
+    dense: float = math.nan
+    neurons: dict[str, dict[int, list[list[int]]]] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
     samples: Tensor | None = None
     block_runs: int = 0
-    data: dict = field(default_factory=dict)  # name, split, hash
+    data: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -64,7 +97,18 @@ class Scores:
         return zip(self.modules, self.value.tolist(), strict=True)
 
     def get(self, tower: str, kind: str, layer: int, index: int = 0) -> float:
-        """The drop of the objective without one module. Raises KeyError naming it if it was not scored."""
+        """Return the value of one module.
+
+        Parameters
+        ----------
+        tower, kind, layer, index
+            The fields of `Module`.
+
+        Raises
+        ------
+        KeyError
+            A module that was not scored.
+        """
         module = Module(tower, kind, layer, index)
         try:
             return float(self.value[self.modules.index(module)])
@@ -72,7 +116,7 @@ class Scores:
             raise KeyError(f"{module} was not scored") from None
 
     def where(self, tower: str | None = None, kind: str | None = None) -> list[int]:
-        """Positions of the modules of a tower and kind."""
+        """Return the positions of the modules of a tower and kind; None matches all."""
         return [
             i
             for i, m in enumerate(self.modules)
@@ -80,14 +124,29 @@ class Scores:
         ]
 
     def ranking(self, tower: str | None = None, kind: str | None = None) -> list[int]:
-        """Positions from least to most important; ties keep the order of `modules`."""
+        """Return positions from least to most important; ties keep the order of `modules`."""
         chosen = torch.tensor(self.where(tower, kind), dtype=torch.long)
         return chosen[torch.sort(self.value[chosen], stable=True).indices].tolist()
 
     def indistinguishable(self, order: list[int] | None = None, z: float = 1.96) -> list[tuple[int, int]]:
-        """Neighbours in a ranking whose paired difference is within ``z`` standard errors of zero.
+        """Return neighbours in a ranking whose paired difference is within ``z`` standard errors of zero.
 
-        Raises ValueError when the per-sample differences are gone (scores read from a file).
+        Parameters
+        ----------
+        order : list of int, optional
+            Positions; by default `ranking` of all.
+        z : float
+            Number of standard errors; 1.96 is a 95% confidence interval.
+
+        Returns
+        -------
+        list of (int, int)
+            Pairs of positions.
+
+        Raises
+        ------
+        ValueError
+            No per-sample differences (scores read from a file).
         """
         if self.samples is None:
             raise ValueError("scores: the per-sample differences are not kept in files; score again to compare pairs")
@@ -109,6 +168,7 @@ class Scores:
             yield {**module._asdict(), **numbers, **names}
 
     def to_json(self) -> str:
+        """Return the scores as JSON text, one line per module; without per-sample differences."""
         head = {
             "kind": "scores",
             "format": FORMAT,
@@ -122,7 +182,7 @@ class Scores:
         return json.dumps(head, indent=1)[:-2] + f',\n "modules": [\n  {body}\n ]\n}}\n'
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write JSON, or CSV when the name ends in .csv."""
+        """Write JSON, or CSV when the name ends in .csv; atomically."""
         if str(path).endswith(".csv"):
             lines = ["tower,kind,layer,index,value,error,count,cost" + (",parameter" if self.parameters else "")]
             lines += [",".join(map(str, row.values())) for row in self._rows()]
@@ -132,7 +192,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Scores:
-        """Read what `save` wrote, JSON or CSV."""
+        """Read scores that `save` wrote, JSON or CSV."""
         if str(path).endswith(".csv"):
             with open(path, newline="", encoding="utf-8") as file:
                 content: dict = {"modules": list(csv.DictReader(file))}

@@ -1,4 +1,4 @@
-"""Replay: a model's objective under many interventions, in few block runs."""
+"""Replay: a model's objective under many ablations or weight perturbations, with shared computation."""
 
 from .engine import Replay
 from .interventions import DropHead, DropLayer, DropNeurons, Intervention, PerturbWeight, Removal, Within

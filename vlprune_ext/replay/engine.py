@@ -1,18 +1,20 @@
-"""The engine: what a model's objective becomes under each of many interventions, in few runs.
+"""The replay engine: a model's outputs under each of many interventions, without one full forward for each.
 
 A tower's blocks are walked from first to last. At block l only the residual stream entering l is held. One pass of
 block l serves all its interventions: what they share is computed once, `ops.leave_one_out` makes every variant of the
-output projection from it, and the variants, stacked on the batch axis, run through the rest of the model. Blocks before
-l and modules that cannot change are bypassed by patching their forward; everything after is the model's own code.
+output projection's result from it, and the variants, stacked on the batch dimension, run through the rest of the model.
+Blocks before l and modules whose output cannot change are bypassed by patching their forward; everything after is the
+model's own code.
 
 For N rows, L blocks and V_l interventions on heads, neurons and weights, D_l on whole blocks, that is
 
     N * (L + sum_l V_l * (L - l) + sum_l D_l * (L - l - 1))
 
-block runs (l from 0), against N * L * (1 + sum_l (V_l + D_l)) for one whole run each. A perturbed weight has no shared
-pass: its block runs once for each variant, and only what leaves it is stacked. Of a context (`Within`) nothing can be
-shared or stacked: it runs by itself from its block on. L is the blocks that the model reads:
-the vision tower of a LLaVA has more. Of the last one only the rows that are read are computed in full.
+block runs (l from 0), against N * L * (1 + sum_l (V_l + D_l)) for a full forward each. A perturbed weight has no shared
+pass: its block runs once for each variant, and only the block's output is stacked. An intervention by context
+(`Within`) shares and stacks nothing: it runs by itself from its block on. L is the number of blocks whose output is
+used: the vision tower of a LLaVA has more. Of the last one only the rows that are read (pooled or labelled) are
+computed in full.
 """
 
 from __future__ import annotations
@@ -32,15 +34,32 @@ from .suffix import Batch, Carrier, Inputs, Runner, Stopped
 
 
 class Replay:
-    """Replays the suffix of a tower for many interventions.
+    """Run a model from each block of a tower on, under many interventions.
 
-    model       a transformers model known to `anatomy`
-    tower       name of one of its towers
-    batches     the calibration rows as model inputs, each a dict of tensors with the row on the first dimension
-    run_model   (model, inputs) -> [B, ...]: what is wanted of each row, for instance an embedding or a loss. It may
-                look at what the model pools or, where there are labels, at what predicts them; the rest is not exact
-    stacked_rows  how many rows (variants times batch) go through the suffix at once; None measures what is fastest
-    carrier     keeps, in ``state``, what hooks of the caller know of a batch; it is kept and put back with the stream
+    Parameters
+    ----------
+    anatomy : Anatomy
+        Of a transformers model.
+    tower : str
+        Name of one of its towers.
+    batches : sequence of dict of Tensor
+        Calibration data as model inputs; the first dimension is the row.
+    run_model : callable (model, inputs) -> Tensor [B, ...]
+        Output wanted of each row, for instance an embedding or a loss. It may read the pooled row of the last block or,
+        where there are labels, the positions that predict them; other rows are not exact.
+    stacked_rows : int, optional
+        How many rows (variants times batch) run through the suffix at once; by default the fastest, as measured.
+    skip_layers : sequence of int
+        Blocks of the tower that were removed before.
+    carrier : Carrier, optional
+        Object whose ``state`` the caller's hooks keep for a batch; saved and restored with the residual stream.
+    progress : Progress, optional
+        Called with (block runs done, in total, block name).
+
+    Raises
+    ------
+    ValueError
+        No batches; a tower whose features are read at its embeddings.
     """
 
     def __init__(
@@ -82,9 +101,24 @@ class Replay:
     ) -> Iterator[tuple[list[int] | None, Tensor]]:
         """Yield ``(positions, outputs)`` block by block, and ``(None, dense outputs)`` at the end.
 
-        positions  which of ``interventions`` these are
-        outputs    [len(positions), N, ...] what `run_model` gives under each; dense outputs are [N, ...]
-        finish     False: no dense outputs are wanted, so that the model without interventions is not run to its end
+        Parameters
+        ----------
+        interventions : sequence of Intervention
+            On any blocks of the tower, in any order.
+        finish : bool
+            False: no dense outputs are wanted, so that the model without interventions is not run to its end.
+
+        Yields
+        ------
+        positions : list of int, or None
+            Indices into ``interventions`` of those on the current block; None for the dense outputs.
+        outputs : Tensor [len(positions), N, ...]
+            What `run_model` returns under each; dense outputs are [N, ...].
+
+        Raises
+        ------
+        ValueError
+            An intervention on another tower, a block out of range or removed, or one that changes nothing.
         """
         by_layer = self._group(interventions)
         last = min(max(by_layer, default=0), self.depth - 1)
@@ -119,16 +153,25 @@ class Replay:
                 return
             plain = torch.cat(dense)
             for layer, ids in by_layer.items():
-                if layer >= self.depth:  # nothing reads it
+                if layer >= self.depth:  # nothing reads the block's output
                     yield ids, plain.expand(len(ids), *plain.shape)
             yield None, plain
 
     @torch.no_grad()
     def run_block(self, layer: int, *, advance: bool, each: Callable[[Inputs], object] | None = None) -> None:
-        """Run one block on the stream that enters it, for every batch, in evaluation mode; ``each`` is told which.
+        """Run one block on the residual stream that enters it, for every batch, in evaluation mode.
 
-        Blocks come in ascending order. What leaves the block enters the next once ``advance`` is true: change the
-        block in between, and those after it see what the changed one makes of the data.
+        Call it with blocks in ascending order. To calibrate sequentially, run a block, change its weights, then run it
+        again with ``advance``: later blocks see the activations of the changed one.
+
+        Parameters
+        ----------
+        layer : int
+            The block.
+        advance : bool
+            Whether the block's output becomes the input of the next one.
+        each : callable (inputs) -> object, optional
+            Called with each batch's inputs before it runs.
         """
         with evaluation_mode(self.model):
             for batch in self.batches:
@@ -141,6 +184,7 @@ class Replay:
                         batch.tapped[layer] = first(shared.output)
 
     def _group(self, interventions: Sequence[Intervention]) -> dict[int, list[int]]:
+        """Return layer -> indices of its interventions; raise ValueError for one that does not fit the tower."""
         by_layer: dict[int, list[int]] = {}
         for i, intervention in enumerate(interventions):
             if intervention.tower != self.tower.name:
@@ -154,13 +198,13 @@ class Replay:
         return by_layer
 
     def _runs(self, layer: int, intervention: Intervention) -> int:
-        """Block runs of one intervention over all rows."""
+        """Return the number of block runs of one intervention over all rows."""
         return self.n_rows * self.runner.blocks_from(layer if intervention.runs_block else layer + 1)
 
     def _variants(
         self, at: Stopped, ids: list[int], interventions: Sequence[Intervention]
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Outputs of the whole model under the interventions on one block, a chunk at a time."""
+        """Yield (indices, outputs [V, B, ...]) of the full model under one block's interventions, a chunk at a time."""
         together: dict[Hashable, list[int]] = {}
         for i in ids:
             together.setdefault(interventions[i].key, []).append(i)
@@ -172,12 +216,13 @@ class Replay:
 
     @property
     def block_runs(self) -> int:
-        """How many rows have run through blocks so far."""
+        """Number of rows run through blocks so far, one count for each block."""
         return self.runner.block_runs
 
-    # -- how much at once ---------------------------------------------------------------------------------------------
+    # -- chunk size ---------------------------------------------------------------------------------------------------
 
     def _chunks(self, at: Stopped, ids: list[int]) -> Iterator[list[int]]:
+        """Split interventions into chunks whose variants are stacked."""
         if self.stacked_rows is None:
             self.stacked_rows = self._measure_rows(at, len(ids))
         step = max(1, self.stacked_rows // at.batch.size)
@@ -185,7 +230,7 @@ class Replay:
             yield ids[start : start + step]
 
     def _measure_rows(self, at: Stopped, variants: int) -> int:
-        """The stack height with the shortest time per row, among powers of two times the batch."""
+        """Return the number of stacked rows with the least time per row, among powers of two times the batch."""
         runs_before, size = self.block_runs, at.batch.size
         best, best_time = size, float("inf")
         copies = 1
@@ -204,7 +249,7 @@ class Replay:
 
 
 def _seconds(at: Stopped, copies: int) -> float:
-    """Seconds of one suffix run on stacked copies of the stream as it is."""
+    """Return the seconds of one suffix run on stacked copies of the unchanged stream."""
     start = time.perf_counter()
     at.finish_after(stacked(at.stream, copies), copies)
     if at.stream.is_cuda:

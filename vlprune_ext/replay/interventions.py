@@ -1,4 +1,4 @@
-"""What replay can do to a block. Every method asks what the objective becomes if one of these is done.
+"""Interventions on a block that replay evaluates: ablation of heads, neurons or the block, and weight perturbation.
 
 An intervention carries its own behaviour: the engine walks the blocks and asks it for outputs. A new one is one class.
 """
@@ -25,9 +25,18 @@ from .suffix import Stopped
 class Intervention(ABC):
     """One change of one block.
 
-    site        kind of the site whose input and result have to be known; None: none
-    runs_block  whether its block runs, at least in part, under each variant
-    stacks      whether variants run side by side, stacked on the batch axis
+    Attributes
+    ----------
+    tower : str
+        The tower.
+    layer : int
+        Its block.
+    site : str or None
+        Kind of the site whose output projection's input and result are needed; None: none.
+    runs_block : bool
+        Whether the block runs, at least in part, for each variant.
+    stacks : bool
+        Whether variants run together, stacked on the batch dimension.
     """
 
     tower: str
@@ -37,30 +46,42 @@ class Intervention(ABC):
     stacks = True
 
     def check(self) -> None:  # noqa: B027
-        """Raise ValueError for an intervention that does nothing."""
+        """Raise ValueError for an intervention that changes nothing."""
 
     @property
     def key(self) -> Hashable:
-        """Interventions on one block with the same key are worked out together."""
+        """Interventions on one block with equal keys are evaluated together."""
         return (type(self), self.site)
 
     @staticmethod
     @abstractmethod
     def outputs(at: Stopped, changes: Sequence[Any]) -> Tensor:
-        """Return what the model gives for each row under each of V changes of one key, [V * B, ...]."""
+        """Return the model's outputs under each of V interventions of one key.
+
+        Parameters
+        ----------
+        at : Stopped
+            The model stopped at the block, with one batch of B rows.
+        changes : sequence of V interventions
+            Of this class and one key.
+
+        Returns
+        -------
+        Tensor [V * B, ...]
+        """
 
 
 class _DropUnits(Intervention):
-    """Removes units of one site: its output without what they contribute, ``y' = y - x_g W_g^T``."""
+    """Ablate units of one site: subtract their part of the output projection's result, ``y' = y - x_g W_g^T``."""
 
     @property
     def kind(self) -> str:
-        """The kind of the site."""
+        """Kind of the site."""
         raise NotImplementedError
 
     @property
     def units(self) -> tuple[int, ...]:
-        """The units that are removed."""
+        """Indices of the ablated units."""
         raise NotImplementedError
 
     @property
@@ -84,12 +105,24 @@ class _DropUnits(Intervention):
 
 @dataclass(frozen=True)
 class DropHead(_DropUnits):
-    """Remove attention heads of one block (key/value heads with their query heads, under grouped queries)."""
+    """Ablate attention heads of one block.
+
+    Parameters
+    ----------
+    tower : str
+        The tower.
+    layer : int
+        Its block.
+    heads : tuple of int
+        Heads; under grouped-query attention, key/value heads with all their query heads.
+    cross : bool
+        Whether they are heads of the cross-attention.
+    """
 
     tower: str
     layer: int
     heads: tuple[int, ...]
-    cross: bool = False  # the heads of the cross attention
+    cross: bool = False
 
     @property
     def kind(self) -> str:
@@ -102,7 +135,17 @@ class DropHead(_DropUnits):
 
 @dataclass(frozen=True)
 class DropNeurons(_DropUnits):
-    """Remove neurons of one block's MLP."""
+    """Ablate hidden neurons of one block's MLP.
+
+    Parameters
+    ----------
+    tower : str
+        The tower.
+    layer : int
+        Its block.
+    neurons : tuple of int
+        Indices into the MLP's hidden dimension.
+    """
 
     tower: str
     layer: int
@@ -119,7 +162,15 @@ class DropNeurons(_DropUnits):
 
 @dataclass(frozen=True)
 class DropLayer(Intervention):
-    """Remove a whole block: the residual stream passes it by."""
+    """Ablate a whole block: its output is the residual stream that enters it.
+
+    Parameters
+    ----------
+    tower : str
+        The tower.
+    layer : int
+        Its block.
+    """
 
     tower: str
     layer: int
@@ -131,7 +182,7 @@ class DropLayer(Intervention):
 
     @property
     def units(self) -> tuple[int, ...]:
-        """None: the block goes as a whole."""
+        """Empty: the block is removed as a whole."""
         return ()
 
     @staticmethod
@@ -139,17 +190,30 @@ class DropLayer(Intervention):
         return at.finish_after(stacked(at.stream, len(changes)), len(changes))
 
 
-Removal = DropHead | DropNeurons | DropLayer  # what a plan can carry out
+Removal = DropHead | DropNeurons | DropLayer  # structured ablations, which a plan can make permanent
 
 
 @dataclass(frozen=True)
 class PerturbWeight(Intervention):
-    """Add ``sign * eps * z`` to one matrix of a block, z ~ N(0, 1) of `ops.perturb`'s stream (ECoFLaP).
+    """Add ``sign * eps * z`` to one weight matrix of a block, z ~ N(0, 1) as `ops.perturb` draws it (ECoFLaP, arXiv 2310.02998).
 
-    The weight is not written. Nothing in the block is shared by variants: it runs once for each, and only what leaves
-    it is stacked.
+    The weight itself is not written. Variants share nothing within the block: it runs once for each, and only its
+    output is stacked.
 
-    matrix  path of the linear layer in the block
+    Parameters
+    ----------
+    tower : str
+        The tower.
+    layer : int
+        Its block.
+    matrix : str
+        Path of the linear layer in the block.
+    seed, tensor_id : int
+        The random stream of z.
+    eps : float
+        Scale of the perturbation.
+    sign : {1, -1}
+        Which end of the zeroth-order difference.
     """
 
     tower: str
@@ -158,7 +222,7 @@ class PerturbWeight(Intervention):
     seed: int
     tensor_id: int
     eps: float
-    sign: int  # 1 or -1
+    sign: int
 
     @staticmethod
     def outputs(at: Stopped, changes: Sequence[PerturbWeight]) -> Tensor:
@@ -176,10 +240,18 @@ class PerturbWeight(Intervention):
 
 @dataclass(frozen=True)
 class Within(Intervention):
-    """Run a block, and all that comes after it, within a context: whatever holds there.
+    """Run a block and all later ones within a context manager, such as one that raises a mask threshold (CoMP).
 
-    CoMP raises a threshold in it. What blocks before ``layer`` do has to be the same inside and outside. Nothing can be
-    shared or stacked.
+    Blocks before ``layer`` must compute the same inside and outside of the context. Variants share and stack nothing.
+
+    Parameters
+    ----------
+    tower : str
+        The tower.
+    layer : int
+        First block that the context affects.
+    context : callable () -> context manager
+        Entered once for each batch.
     """
 
     tower: str
@@ -193,16 +265,26 @@ class Within(Intervention):
 
 
 def leave_units_out(x: Tensor, site: Site, base: Tensor, drops: Sequence[tuple[int, ...]]) -> Tensor:
-    """``base`` without the part that each set of units contributes.
+    """Return an output projection's result without each of V sets of units.
 
-    x      [N, units * width]  input of the site's output projection
-    base   [N, D]              its output
-    drops  V sets of units
-    Returns [V, N, D].
+    Parameters
+    ----------
+    x : Tensor [N, units * width], fp32/bf16/fp16
+        Input of the site's output projection.
+    site : Site
+        Its weight is read.
+    base : Tensor [N, D], dtype of x
+        Its result with all units, whatever was added to it.
+    drops : sequence of V tuples of int
+        Sets of units to leave out.
+
+    Returns
+    -------
+    Tensor [V, N, D], dtype of x
     """
     weight, width = site.out.weight, site.width
     size = len(drops[0])
-    # Aligned runs of units, such as single heads or consecutive groups of neurons, are read in place.
+    # Aligned runs of units, such as single heads or consecutive groups of neurons, need no gather of weight columns.
     runs = [tuple(range(drop[0], drop[0] + size)) for drop in drops]
     if list(drops) == runs and site.units % size == 0 and all(drop[0] % size == 0 for drop in drops):
         return leave_one_out(x, weight, base, size * width, groups=[drop[0] // size for drop in drops])

@@ -1,7 +1,7 @@
-"""A model run up to one block, and from there on: what replay and its interventions are made of.
+"""Prefix and suffix of a model at one block: run up to it, then from it on with a changed block.
 
-Blocks before the one at hand and modules that cannot change are bypassed by patching their forward; everything after is
-the model's own code.
+Blocks before it and modules whose output cannot change are bypassed by patching their forward; everything after is the
+model's own code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Stop(Exception):
 
 
 class Carrier(Protocol):
-    """Who knows of the batch that runs what blocks after this one need, beside their stream."""
+    """Holder of a ``state`` that the caller's hooks keep for the running batch, beside the residual stream."""
 
     state: Any
 
@@ -34,7 +34,7 @@ class Carrier(Protocol):
 def _set_stream(
     patches: Patches, block: nn.Module, stream: Tensor, carrier: Carrier | None = None, state: Any = None
 ) -> None:
-    """Let ``stream`` enter ``block`` in place of what its caller passes."""
+    """Replace the hidden states that ``block`` is called with by ``stream``, and restore the carrier's state."""
 
     def hook(_, args, kwargs):
         if carrier is not None:
@@ -48,29 +48,63 @@ def _set_stream(
 
 @dataclass
 class Shared:
-    """What all variants of one block have in common, for one batch; filled in while the block runs."""
+    """Activations of one block that all its variants share, for one batch; filled in while the block runs.
 
-    stream: Tensor = field(init=False)  # [B, T, D] entering the block
-    carried: Any = None  # the carrier's state as the block was entered
-    leaving: Any = None  # and as it was left
-    output: Output = field(init=False)  # [B, T, D] leaving it, perhaps with more
-    x: dict[str, Tensor] = field(default_factory=dict)  # site kind -> input of its output projection
-    returned: dict[str, Output] = field(default_factory=dict)  # site kind -> what its module returned
-    skipped: dict[nn.Module, object] = field(default_factory=dict)  # modules that need not run again -> blank result
+    Attributes
+    ----------
+    stream : Tensor [B, T, D]
+        Residual stream that enters the block.
+    carried, leaving : object
+        The carrier's state on entry and on exit.
+    output : Tensor [B, T, D], or a tuple that begins with it
+        The block's output.
+    x : dict of Tensor
+        Site kind -> input of its output projection.
+    returned : dict of Tensor or tuple
+        Site kind -> output of its module.
+    skipped : dict
+        Modules that need not run again -> placeholder of their output.
+    """
+
+    stream: Tensor = field(init=False)
+    carried: Any = None
+    leaving: Any = None
+    output: Output = field(init=False)
+    x: dict[str, Tensor] = field(default_factory=dict)
+    returned: dict[str, Output] = field(default_factory=dict)
+    skipped: dict[nn.Module, object] = field(default_factory=dict)
 
 
 @dataclass
 class Batch:
-    """Rows of the calibration data, and what is held of them between two blocks."""
+    """One batch of calibration data with the activations held between two blocks.
+
+    Parameters
+    ----------
+    inputs : dict of Tensor
+        Model inputs.
+    rows : slice
+        Its rows among all N.
+    entering : Tensor [B, T, D], or a tuple that begins with it, optional
+        Output of the block before.
+    carried : object
+        The carrier's state after that block.
+    before, beside : dict
+        Outputs of the modules in `Tower.before` (placeholders) and `Tower.beside`.
+    read : Rows, optional
+        Rows of the last block's output that are read; None: all.
+    tapped : dict of Tensor [B, T, D]
+        Block -> its output, for blocks that not only the next one reads.
+    """
 
     inputs: Inputs
     rows: slice
-    entering: Output | None = None  # what the block before returned
-    carried: Any = None  # the carrier's state as it did
+    entering: Output | None = None
+    carried: Any = None
     before: dict[nn.Module, object] = field(default_factory=dict)
     beside: dict[nn.Module, object] = field(default_factory=dict)
-    read: Rows | None = None  # of the last block; None: all
-    tapped: dict[int, Tensor] = field(default_factory=dict)  # block -> its output, where not only the next reads it
+    read: Rows | None = None
+    tapped: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -78,9 +112,20 @@ class Batch:
 
 
 class Runner:
-    """Runs one tower's blocks, and the model from one of them on; counts block runs.
+    """Run one tower's blocks, and the model from one of them on; count block runs.
 
-    carrier  keeps, in ``state``, what hooks of the caller know of a batch; it is kept and put back with the stream
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    tower : str
+        Name of the tower.
+    run_model : callable (model, inputs) -> Tensor [B, ...]
+        Full forward.
+    skip_layers : sequence of int
+        Blocks that were removed before.
+    carrier : Carrier, optional
+        Its ``state`` is saved and restored with the residual stream.
     """
 
     def __init__(
@@ -100,16 +145,28 @@ class Runner:
         self.block_runs = 0
 
     def blocks_from(self, layer: int) -> int:
-        """Return how many blocks run from one on."""
+        """Return how many blocks run from ``layer`` on."""
         return sum(i not in self.skip_layers for i in range(layer, self.depth))
 
     def count(self, layer: int, rows: int, last: int | None = None) -> None:
-        """Count the runs of ``rows`` through the blocks from ``layer`` on, up to ``last``."""
+        """Count the runs of ``rows`` through blocks ``layer`` to ``last``, exclusive (None: the tower's end)."""
         last = self.depth if last is None else last
         self.block_runs += rows * sum(i not in self.skip_layers for i in range(layer, last))
 
     def bypass(self, patches: Patches, layer: int, batch: Batch, copies: int) -> None:
-        """Keep the model from computing anything in front of block ``layer``, beside it, or that nothing reads."""
+        """Bypass the modules before and beside the tower, the blocks before ``layer``, and those that nothing reads.
+
+        Parameters
+        ----------
+        patches : Patches
+            Owns the patched forwards.
+        layer : int
+            First block that runs.
+        batch : Batch
+            Its recorded outputs take the modules' place.
+        copies : int
+            How often they are repeated on the batch dimension.
+        """
         for module, result in batch.before.items():
             patches.forward(module, lambda *_, _r=result, **__: blank(_r, copies))
         for module, result in batch.beside.items():
@@ -125,13 +182,29 @@ class Runner:
                 )
 
     def _leave_unread(self, patches: Patches, layer: int) -> None:
+        """Bypass the blocks behind the last one whose output is read."""
         for block in self.tower.blocks[max(self.depth, layer + 1) :]:
             patches.forward(block.module, lambda hidden_states, *_, **__: hidden_states)
 
     def advance(self, layer: int, batch: Batch, sites: set[str], stop: bool) -> tuple[Shared, Tensor | None]:
-        """Run block ``layer`` on the stream as it is, keeping what variants share; then stop, or finish the model.
+        """Run block ``layer`` on its unchanged input and record what its variants share.
 
-        sites  kinds of sites of which inputs and results are kept
+        Parameters
+        ----------
+        layer : int
+            The block.
+        batch : Batch
+            Its entering stream; not advanced.
+        sites : set of str
+            Kinds of sites to record inputs and results of.
+        stop : bool
+            Whether to stop behind the block; else the model runs to its end.
+
+        Returns
+        -------
+        shared : Shared
+        output : Tensor [B, ...], or None
+            The model's output, None if stopped.
         """
         block = self.tower.blocks[layer]
         shared = Shared()
@@ -166,6 +239,7 @@ class Runner:
 
 
 def _watch(patches: Patches, block: Block, shared: Shared, sites: set[str]) -> None:
+    """Register hooks that record the sites of a block, up to the last of the needed kinds."""
     needed = [kind for kind in block.sites if kind in sites]
     if not needed:
         return
@@ -179,12 +253,26 @@ def _watch(patches: Patches, block: Block, shared: Shared, sites: set[str]) -> N
 
 
 class Stopped:
-    """A model stopped at one block with one batch: what an intervention on that block works with.
+    """A model stopped at one block with one batch: the interface by which an intervention runs the suffix.
 
-    Its ``finish_*`` methods run the model to its end on ``copies`` of the batch, stacked on the batch axis, and return
-    what is wanted of each row, [copies * B, ...].
+    Its ``finish_*`` methods run the model to its end on ``copies`` of the batch, stacked on the batch dimension, and
+    return `Runner.run_model`'s output [copies * B, ...].
 
-    stream  [B, T, D] entering the block
+    Parameters
+    ----------
+    runner : Runner
+        Runs the model.
+    layer : int
+        The block.
+    batch : Batch
+        The batch.
+    shared : Shared
+        Activations of the unchanged block.
+
+    Attributes
+    ----------
+    stream : Tensor [B, T, D]
+        Residual stream that enters the block.
     """
 
     def __init__(self, runner: Runner, layer: int, batch: Batch, shared: Shared) -> None:
@@ -194,13 +282,27 @@ class Stopped:
 
     @property
     def name(self) -> str:
-        """The block's name, for errors: "vision.3"."""
+        """The block's name for messages, such as "vision.3"."""
         return f"{self.runner.tower.name}.{self.layer}"
 
     def at_site(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Return (input, output) of a site's output projection, [B, K, units * width] and [B, K, D]: the rows read.
+        """Return input and result of a site's output projection, for the rows that are read.
 
-        Raises ValueError for a site that the objective never calls.
+        Parameters
+        ----------
+        kind : str
+            Kind of the site.
+
+        Returns
+        -------
+        x : Tensor [B, K, units * width]
+        base : Tensor [B, K, D]
+            Result of the site's module.
+
+        Raises
+        ------
+        ValueError
+            A site that the objective never calls.
         """
         if kind not in self.shared.x:
             raise ValueError(f"interventions: {kind} of {self.name} plays no part in this objective")
@@ -209,7 +311,15 @@ class Stopped:
         return (x, base) if rows is None else (take(x, rows), take(base, rows))
 
     def run_block(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return what leaves the block, [B, T, D], with another ``forward`` of one module in it."""
+        """Return the block's output [B, T, D] with the forward of one of its modules replaced.
+
+        Parameters
+        ----------
+        module : nn.Module
+            In the block.
+        forward : callable Tensor -> Tensor
+            Replaces its forward.
+        """
         outputs: list[Tensor] = []
 
         def leave(_, __, output):
@@ -226,7 +336,7 @@ class Stopped:
         return outputs[0]
 
     def finish_within(self, context: AbstractContextManager[object]) -> Tensor:
-        """Run this block and all that comes after it within a context, on the batch as it is."""
+        """Run this block and all later ones within ``context``, on the batch itself, unstacked."""
         with context, Patches() as patches:
             self.runner.bypass(patches, self.layer, self.batch, 1)
             _set_stream(patches, self.block.module, self.stream, self.runner.carrier, self.shared.carried)
@@ -234,14 +344,32 @@ class Stopped:
             return self.runner.run_model(self.runner.model, self.batch.inputs)
 
     def finish_after(self, leaving: Tensor, copies: int) -> Tensor:
-        """Run what comes after this block on streams [copies * B, T, D] that leave it."""
+        """Run the model behind this block.
+
+        Parameters
+        ----------
+        leaving : Tensor [copies * B, T, D]
+            Takes the place of the block's output.
+        copies : int
+            Stacked variants.
+        """
         with Patches() as patches:
             passed_by = with_first(self.shared.output, leaving, copies)
             patches.forward(self.block.module, lambda *_, **__: passed_by)
             return self._finish(patches, self.layer + 1, copies)
 
     def finish_from_site(self, kind: str, variants: Tensor, copies: int) -> Tensor:
-        """Run on from one of the block's sites, of which ``variants`` [copies * B, K, D] are the results."""
+        """Run the model behind one of the block's sites.
+
+        Parameters
+        ----------
+        kind : str
+            Kind of the site.
+        variants : Tensor [copies * B, K, D]
+            Take the place of the site's result.
+        copies : int
+            Stacked variants.
+        """
         only, length = self._rows_read(), self.stream.shape[1]
 
         def own(tensor: Tensor) -> Tensor:  # the rows that matter, stacked
@@ -255,19 +383,20 @@ class Stopped:
             self._patch_sites(patches, kind, variants, copies, own)
             return self._finish(patches, self.layer, copies)
 
-    # --- the parts of it ---------------------------------------------------------------------------------------------
+    # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _rows_read(self) -> Rows | None:
-        """The only rows that are used of what leaves this block; None when all are."""
+        """Return the rows of this block's output that are read; None for all."""
         return self.batch.read if self.layer == len(self.runner.tower) - 1 else None
 
     def _finish(self, patches: Patches, counted_from: int, copies: int) -> Tensor:
+        """Bypass the prefix and run the model on stacked inputs."""
         runner, batch = self.runner, self.batch
         runner.bypass(patches, self.layer, batch, copies)
         if batch.read is not None and self.layer < len(runner.tower) - 1:
             rows = batch.read if isinstance(batch.read, int) else batch.read.repeat(copies, 1)
             self._narrow_last(patches, rows)
-        # Images are read by bypassed modules alone, so that their stack needs no memory.
+        # Only bypassed modules read images, so that placeholders do, which need no memory.
         inputs = {
             name: blank(value, copies) if value.is_floating_point() else stacked(value, copies)
             for name, value in batch.inputs.items()
@@ -278,13 +407,13 @@ class Stopped:
     def _patch_sites(
         self, patches: Patches, kind: str, variants: Tensor, copies: int, own: Callable[[Tensor], Tensor]
     ) -> None:
-        """Sites before the changed one return what they returned; the changed one returns its variants."""
+        """Replace the result of site ``kind`` by its variants, and results of earlier sites by the recorded ones."""
         for name, site in self.block.sites.items():
             for module in site.skip:
                 if module in self.shared.skipped:
                     nothing = blank(self.shared.skipped[module], copies)
                     patches.forward(module, lambda *_, _r=nothing, **__: _r)
-            if name not in self.shared.returned:  # for instance a cross attention that this objective never calls
+            if name not in self.shared.returned:  # for instance a cross-attention that this objective never calls
                 continue
             returned = self.shared.returned[name]
             value = variants if name == kind else own(first(returned))
@@ -294,7 +423,7 @@ class Stopped:
                 return
 
     def _narrow_last(self, patches: Patches, rows: Rows) -> None:
-        """Of the last block only some rows are read: attend to all of them, but go on with those."""
+        """Restrict the last block's queries to the rows that are read; keys and values are those of all rows."""
         tower, length = self.runner.tower, self.stream.shape[1]
         block = tower.blocks[-1]
         if block.norm is None or len(tower) - 1 in self.runner.skip_layers or "head" not in block.sites:

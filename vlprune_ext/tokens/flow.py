@@ -1,9 +1,9 @@
 """Token masks on a model's towers: importance of each token, its weight as a key, and which tokens are pruned.
 
-A token whose importance in a block is not above the threshold is pruned behind that block (CoMP, arXiv 2604.02956). While a
-model trains, its mask is annealed from 1 to 0: the mask scales its attention weight as a key in all later blocks, and
-at 0 the token is masked out. `planned.TokenRemoval` also drops such tokens from the sequence, so that later blocks
-compute less.
+A token whose importance in a block is not above the threshold is pruned behind that block (CoMP, arXiv 2604.02956).
+While a model trains, its mask is annealed from 1 to 0: the mask scales its attention weight as a key in all later
+blocks, and at 0 the token is masked out. `planned.TokenRemoval` also drops such tokens from the sequence, so that later
+blocks compute less.
 """
 
 from __future__ import annotations
