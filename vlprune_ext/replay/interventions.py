@@ -195,10 +195,10 @@ Removal = DropHead | DropNeurons | DropLayer  # structured ablations, which a pl
 
 @dataclass(frozen=True)
 class PerturbWeight(Intervention):
-    """Add ``sign * eps * z`` to one weight matrix of a block, z ~ N(0, 1) as `ops.perturb` draws it (ECoFLaP, arXiv 2310.02998).
+    """Add ``sign * eps * z`` to one weight matrix of a block, with z ~ N(0, 1) drawn by `ops.perturb`.
 
-    The weight itself is not written. Variants share nothing within the block: it runs once for each, and only its
-    output is stacked.
+    The zeroth-order perturbation of ECoFLaP (arXiv 2310.02998). The weight itself is not written. Variants share
+    nothing within the block: it runs once for each, and only its output is stacked.
 
     Parameters
     ----------
