@@ -1,7 +1,7 @@
-"""How long work tells how far it is."""
+"""The type of progress callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int, str], None]  # done, total, what
+Progress = Callable[[int, int, str], None]  # units of work done, in total, name of the current step

@@ -1,8 +1,9 @@
-"""What a model is judged by. Every value is per sample and higher is better; a unit's score is how much it drops.
+"""Objectives by which models and modules are scored: per-sample values, higher is better.
 
-An objective says which rows of the data a tower is fed, what is read off the model for each row (`outputs`), and what
-that is worth (`values`). Replay runs `outputs` under many interventions at once and hands all of them to `values`.
-Importing this module does not import torch; `named` has the registry.
+An objective defines the inputs of a tower's forward (`batches`), what is computed from the model for each row
+(`outputs`: embeddings, losses), and the value of each sample (`values`). The importance of a unit is the drop of its
+mean value. Replay computes `outputs` under many interventions and passes all of them to `values`. Importing this module
+does not import torch; `named` has the registry.
 """
 
 from __future__ import annotations

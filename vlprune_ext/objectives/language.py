@@ -1,4 +1,4 @@
-"""Objectives of models that predict tokens."""
+"""Objectives of models that predict tokens: loss, exact match under teacher forcing, and generated answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import LOGIT_BYTES, Inputs, Objective
 
 @dataclass
 class LMLoss(Objective):
-    """Minus the next-token cross-entropy of each sample, averaged over its labelled positions."""
+    """Negative next-token cross-entropy of each sample, mean over its labelled positions."""
 
     name: str = field(default="lm_loss", init=False)
     whole_runs = True
@@ -47,18 +47,18 @@ class LMLoss(Objective):
         ]
 
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
-        """[B]: minus the loss of each sample."""
+        """Return the negative loss [B] of each sample."""
         losses, sample = self._of_tokens(anatomy, inputs)
         total = losses.new_zeros(len(inputs["labels"])).index_add(0, sample, losses)
         return -total / torch.bincount(sample, minlength=len(total))
 
     @staticmethod
     def _of_token(logits: Tensor, target: Tensor) -> Tensor:
-        """[P]: the loss of each position, from its logits [P, V]."""
+        """Return the loss [P] of each position from its logits [P, V]."""
         return F.cross_entropy(logits, target, reduction="none")
 
     def _of_tokens(self, anatomy: Anatomy, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """(`_of_token` of every labelled position [P], the sample [P] that each belongs to)."""
+        """Return (`_of_token` [P] of every labelled position, the sample [P] int64 of each)."""
         labels = inputs["labels"]
         head = self._head(anatomy)
         hidden = _final_states(anatomy, head, inputs)
@@ -92,13 +92,13 @@ class LMLoss(Objective):
 
 @dataclass
 class ExactMatch(LMLoss):
-    """1 where a greedy decoder gives every labelled token of a sample, else 0."""
+    """Exact match under teacher forcing: 1 if every labelled token of a sample has the highest logit, else 0."""
 
     name: str = field(default="exact_match", init=False)
     differentiable = False
 
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
-        """[B]: whether all labelled tokens of each sample are the most likely ones, given those before."""
+        """Return 1 for each sample [B] whose labels all have the highest logit given the labels before them, else 0."""
         wrong, sample = self._of_tokens(anatomy, inputs)
         return (wrong.new_zeros(len(inputs["labels"])).index_add(0, sample, wrong) == 0).float()
 
@@ -115,9 +115,9 @@ class ExactMatch(LMLoss):
 
 @dataclass
 class Generated(ExactMatch):
-    """1 where ``generate`` (greedy, with a key-value cache) gives every labelled token of a sample, else 0.
+    """Exact match of greedy `generate`: 1 if it yields every labelled token of a sample, else 0.
 
-    What `ExactMatch` is, told from the labels in one forward, if nothing happens to the cache.
+    Equal to `ExactMatch`, which needs one forward only, unless KV-cache entries are evicted.
     """
 
     name: str = field(default="generated", init=False)
@@ -131,11 +131,11 @@ class Generated(ExactMatch):
         return super().towers(anatomy)
 
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
-        """[B]: whether each sample's answer is its labels."""
+        """Return 1 for each sample [B] whose generated answer equals its labels, else 0."""
         ids, labels = inputs["input_ids"], inputs["labels"]
         labelled = labels != IGNORED
         first, count = labelled.int().argmax(1, keepdim=True), labelled.sum(1, keepdim=True)
-        # Prompts end side by side.
+        # Left-padded prompts, so that all end at the same position.
         place = first - int(first.max()) + torch.arange(int(first.max()), device=ids.device)
         prompt = {
             name: value.gather(1, place.clamp(min=0)) if value.shape == ids.shape else value
@@ -161,7 +161,7 @@ class Generated(ExactMatch):
 
 
 def _final_states(anatomy: Anatomy, head: nn.Module, inputs: Inputs) -> Tensor:
-    """[B, T, D]: what enters the language-model head, which itself does not run over all positions."""
+    """Return the input [B, T, D] of the language-model head, without computing logits at all positions."""
     seen: list[Tensor] = []
 
     def keep(hidden: Tensor, *_, **__) -> Tensor:
@@ -180,7 +180,7 @@ def _final_states(anatomy: Anatomy, head: nn.Module, inputs: Inputs) -> Tensor:
     with Patches() as patches:
         patches.forward(head, keep)
         if visual is not None and not visual.reader:
-            # They tell the instruction from the answer, for `prune_tokens`. The loss is ours.
+            # `prune_tokens` finds the end of the instruction by the labels; transformers' own loss is not computed.
             arguments["labels"] = inputs["labels"]
             patches.attribute(model, "loss_function", lambda **_: None)
         model(**arguments)

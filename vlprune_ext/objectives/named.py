@@ -1,4 +1,4 @@
-"""Objectives by their names: the registry, and which one is usual for a model.
+"""Registry of objectives by name, and the default objective of a model.
 
 Importing this module does not import torch, so that the command line's help can list the names.
 """
@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """One objective: where its class is, with which fields it is made, and what it measures."""
+    """One registered objective.
+
+    Parameters
+    ----------
+    module : str
+        Module of its class, within this package.
+    title : str
+        Name of its class.
+    fields : mapping
+        Arguments of its constructor.
+    summary : str
+        What it measures, for the help.
+    """
 
     module: str
     title: str
@@ -23,8 +35,8 @@ class Entry(NamedTuple):
     summary: str
 
 
-# Name -> entry. The first four are of dual encoders, but for zero_shot they need texts; the last three of models that
-# predict tokens.
+# The first five apply to dual encoders and, all but zero_shot, need captions; the last three to models that predict
+# tokens.
 OBJECTIVES: dict[str, Entry] = {
     "retrieval": Entry("retrieval", "Retrieval", {}, "mean recall@1, 5 and 10, both directions"),
     "recall@1": Entry("retrieval", "Retrieval", {"at": (1,)}, "recall@1, both directions"),
@@ -39,8 +51,8 @@ OBJECTIVES: dict[str, Entry] = {
 }
 
 Use = Literal["rank", "report", "decide", "answer"]
-# What is usual, by use: of a dual encoder, and of a model that predicts tokens. To rank units a smooth objective is
-# better than a count of few right answers; to decide when something has gone too far, it is that count.
+# Use -> default of a dual encoder, of a model that predicts tokens. A smooth loss ranks units better than accuracy on
+# few samples; accuracy is the criterion of how far to prune.
 _USUAL: dict[str, tuple[str, str]] = {
     "rank": ("contrastive", "lm_loss"),
     "report": ("retrieval", "lm_loss"),
@@ -49,10 +61,15 @@ _USUAL: dict[str, tuple[str, str]] = {
 
 
 def usual_objective(anatomy: Anatomy, use: Use) -> Objective:
-    """Return the objective that suits a model: to "rank" units, "report" numbers, "decide" by accuracy, or "answer".
+    """Return the default objective of a model for a use.
 
-    "answer" is for what prunes while a model generates: right answers, generated where the model answers behind its
-    prompt.
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The model.
+    use : {"rank", "report", "decide", "answer"}
+        To rank units, to report metrics, to decide by accuracy how far to prune, or to score answers of a model whose
+        tokens are pruned while it generates: those are generated, except by encoder-decoders.
     """
     if use == "answer":
         return objective_named("exact_match" if anatomy.family.needs_decoder_ids else "generated")
@@ -60,9 +77,21 @@ def usual_objective(anatomy: Anatomy, use: Use) -> Objective:
 
 
 def objective_named(objective: str | Objective | None, anatomy: Anatomy | None = None, use: Use = "rank") -> Objective:
-    """Return an objective from its name; of None, the usual one of the model, for a use.
+    """Return an objective by its name.
 
-    Raises ValueError listing the names.
+    Parameters
+    ----------
+    objective : str, Objective or None
+        A name in `OBJECTIVES`; an `Objective` is returned as it is; None: the default of the model.
+    anatomy : Anatomy, optional
+        The model, for the default; without it, "contrastive".
+    use : {"rank", "report", "decide", "answer"}
+        The use, for the default; see `usual_objective`.
+
+    Raises
+    ------
+    ValueError
+        An unknown name; the message lists the known ones.
     """
     if objective is None:
         return objective_named("contrastive") if anatomy is None else usual_objective(anatomy, use)

@@ -1,4 +1,4 @@
-"""Objectives of dual encoders: retrieval, contrastive, zero-shot."""
+"""Objectives of dual encoders: recall@k, contrastive loss, margin, zero-shot accuracy."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ from .base import LOGIT_BYTES, Inputs, Objective, Part, batched
 class _Search:
     """One direction of retrieval.
 
-    query [N, E], gallery [M, E], positive [N, P] int64 padded with -1
-    weight [M]  how many items each negative of the gallery stands for; None: one, the gallery is complete
+    Parameters
+    ----------
+    query : Tensor [N, E]
+        Normalised embeddings.
+    gallery : Tensor [M, E]
+        Normalised embeddings.
+    positive : Tensor [N, P], int64
+        Matching gallery items of each query, padded with -1.
+    weight : Tensor [M], optional
+        How many items each negative of the gallery represents; None: the gallery is complete.
     """
 
     query: Tensor
@@ -30,7 +38,7 @@ class _Search:
 
 
 def _positives(owner: Tensor, n_images: int) -> Tensor:
-    """[T] image of each text -> [I, P] int64: the texts of every image, padded with -1."""
+    """Return the texts [I, P] int64 of every image, padded with -1, from the image [T] of each text."""
     counts = torch.bincount(owner, minlength=n_images)
     order = torch.sort(owner, stable=True).indices
     start = counts.cumsum(0) - counts
@@ -41,7 +49,7 @@ def _positives(owner: Tensor, n_images: int) -> Tensor:
 
 
 class _DualEncoder(Objective):
-    """Objectives on the embeddings of an image tower and a text tower, each computed without the other."""
+    """Base of objectives on embeddings of an image tower and a text tower, each computed without the other."""
 
     sees_cross_attention = False
 
@@ -70,11 +78,11 @@ class _DualEncoder(Objective):
         ]
 
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
-        """[B, E]: the normalised embedding of each row."""
+        """Return the L2-normalised embedding [B, E] of each row."""
         return F.normalize(anatomy.embed(tower, inputs), dim=-1)
 
     def other(self, anatomy: Anatomy, tower: str, data: Data, batch_size: int) -> Tensor:
-        """[M, E]: the other tower's embeddings."""
+        """Return the other tower's embeddings [M, E]."""
         return self.run(anatomy, "text" if tower == "vision" else "vision", data, batch_size)
 
     def sample_of_row(self, tower: str, data: Data) -> Tensor | None:
@@ -84,7 +92,7 @@ class _DualEncoder(Objective):
         return images, torch.arange(len(images))
 
     def _pair(self, tower: str, outputs: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """(image embeddings, text embeddings), whichever of the two was run."""
+        """Return (image embeddings, text embeddings), whichever of the two towers was run."""
         return (outputs, other) if tower == "vision" else (other, outputs)
 
     @torch.no_grad()
@@ -96,14 +104,14 @@ class _DualEncoder(Objective):
 
 
 class _Ranking(_DualEncoder):
-    """Objectives that look for texts by image and for images by text."""
+    """Base of objectives on image-to-text and text-to-image retrieval."""
 
     def _searches(
         self, tower: str, outputs: Tensor, other: Tensor, data: Data, part: Part | None
     ) -> tuple[_Search, _Search, Tensor]:
-        """(texts for each image, images for each text, the image of each text); images are those of ``part``.
+        """Return (image-to-text search, text-to-image search, the image [T] of each text), for the images of ``part``.
 
-        The other tower's side of a search is always complete. What is there of this tower's side stands for all of it.
+        The other tower's side of a search is always complete; this tower's side is the weighted subset of ``part``.
         """
         image, text = self._pair(tower, outputs, other)
         owner = data.image_of_text.to(image.device)
@@ -119,15 +127,25 @@ class _Ranking(_DualEncoder):
 
 
 def _per_image(per_text: Tensor, owner: Tensor, n_images: int) -> Tensor:
-    """[T] -> [I], scaled so that the mean over images is the mean over texts."""
+    """Sum values of texts [T] per image [I], scaled so that the mean over images is the mean over texts."""
     return per_text.new_zeros(n_images).index_add(0, owner, per_text) * (n_images / len(owner))
 
 
 @dataclass
 class Retrieval(_Ranking):
-    """Recall@k in both directions: the mean over ``at`` and over image-to-text and text-to-image.
+    """Recall@k, mean over ``at`` and over image-to-text and text-to-image retrieval.
 
-    The kind of Z that MoPE-CLIP uses (arXiv 2403.07839, section 3.1). Ties count as found.
+    The Z of MoPE-CLIP (arXiv 2403.07839, section 3.1). Ties count as hits.
+
+    Parameters
+    ----------
+    at : tuple of int
+        The ks, each at least 1.
+
+    Raises
+    ------
+    ValueError
+        No k, or one below 1.
     """
 
     at: tuple[int, ...] = (1, 5, 10)
@@ -141,7 +159,7 @@ class Retrieval(_Ranking):
 
     @staticmethod
     def _ranks(search: _Search) -> Tensor:
-        """[N]: how many items of the gallery score higher than the query's best positive."""
+        """Return the rank [N] of each query's best positive: the number of gallery items of higher score."""
         rank = retrieval_rank(search.query, search.gallery, search.positive)
         return rank if search.weight is None else rank * search.weight.mean()
 
@@ -165,10 +183,18 @@ class Retrieval(_Ranking):
 
 @dataclass
 class Contrastive(_Ranking):
-    """Smooth stand-ins for recall.
+    """Differentiable surrogates of recall, mean over both directions.
 
-    loss  "cross_entropy": minus the symmetric contrastive cross-entropy of the whole set at the model's temperature;
-          "margin": cosine of the best positive minus that of the hardest negative, mean of both directions
+    Parameters
+    ----------
+    loss : {"cross_entropy", "margin"}
+        "cross_entropy": negative symmetric contrastive cross-entropy over the whole data set at the model's
+        temperature. "margin": cosine similarity of the best positive minus that of the hardest negative.
+
+    Raises
+    ------
+    ValueError
+        An unknown loss.
     """
 
     loss: str = "cross_entropy"
@@ -186,7 +212,7 @@ class Contrastive(_Ranking):
         return (to_text + _per_image(to_image, owner, len(to_text))) / 2
 
     def _direction(self, search: _Search, scale: Tensor | float) -> Tensor:
-        """[N]: value of each query; a few rows of the N x M score matrix at a time."""
+        """Return the value [N] of each query, computing the N x M score matrix a chunk of rows at a time."""
         values = []
         step = max(1, LOGIT_BYTES // (4 * len(search.gallery)))
         for query, index in zip(search.query.split(step), search.positive.split(step), strict=True):
@@ -215,21 +241,21 @@ class Contrastive(_Ranking):
 
 
 def _temperature(model: nn.Module) -> Tensor | float:
-    """The factor in front of cosine scores; 1/0.07, CLIP's initial value, for a model that keeps none."""
+    """Return the logit scale: the inverse temperature of the model, or 1/0.07, CLIP's initial value, if it has none."""
     scale = getattr(model, "logit_scale", None)
     return 1 / 0.07 if scale is None else scale.detach().float().exp()
 
 
 @dataclass
 class ZeroShot(_DualEncoder):
-    """Accuracy of classifying images by the nearest class prompt; a class is the mean of its prompts' embeddings."""
+    """Zero-shot accuracy: images classified by the nearest class, the mean embedding of its prompts."""
 
     name: str = field(default="zero_shot", init=False)
     differentiable = False
 
     @staticmethod
     def _classes(data: Data) -> tuple[Classes, Tensor]:
-        """The classes, and the one [I] of each image."""
+        """Return the classes and the class [I] of each image."""
         if data.classes is None or data.labels is None:
             raise ValueError(f"data: {data.name} has no class labels, objective 'zero_shot' needs them")
         return data.classes, data.labels
@@ -238,7 +264,7 @@ class ZeroShot(_DualEncoder):
         return self._classes(data)[0].texts
 
     def sample_of_row(self, tower: str, data: Data) -> Tensor | None:
-        return super().sample_of_row(tower, data) if tower == "vision" else None  # a class prompt serves all images
+        return super().sample_of_row(tower, data) if tower == "vision" else None  # every image uses all class prompts
 
     def values(self, anatomy, tower, outputs, other, data, part=None) -> Tensor:
         classes, labels = self._classes(data)
