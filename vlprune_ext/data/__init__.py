@@ -1,4 +1,4 @@
-"""Image-text data as model inputs: `load_data` reads, `Data` is what everything else takes.
+"""Image-text data as model inputs: `load_data` reads a source into `Data`, which all methods take.
 
 Importing this module does not import torch; `sources` has the names of the built-in sources.
 """

@@ -1,4 +1,4 @@
-"""The built-in sources: scenes of digits with captions, as classes, or with questions."""
+"""Built-in sources: digit scenes with captions, class labels or questions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,25 @@ _DEFAULT_SCENES = 1000
 
 
 def read_digits(source: str, split: str, limit: int | None, seed: int) -> tuple[list[Record], Prompts | None]:
-    """The scenes of one of ``SOURCES``; with prompts where their digits are classes."""
+    """Return the digit scenes of a built-in source as records.
+
+    Parameters
+    ----------
+    source : str
+        A key of `SOURCES`.
+    split : str
+        One of `zoo.digit_scenes.SPLITS`.
+    limit : int or None
+        Number of scenes; None: the source's default.
+    seed : int
+        Seed of the scenes.
+
+    Returns
+    -------
+    records : list of Record
+    prompts : dict of list of str, or None
+        Class name -> prompts, where the digits are classes.
+    """
     questions: list[Question | None] = []
     if source != DIGITS_CLASSES:
         scenes = DigitScenes(split, limit or _DEFAULT_SCENES, seed)

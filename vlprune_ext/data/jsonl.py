@@ -1,4 +1,4 @@
-"""Reading images and texts from a JSONL file."""
+"""JSONL files of images and texts, as records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,32 @@ from .records import Prompts, Record
 def read_jsonl(
     path: Path, split: str, limit: int | None, seed: int, templates: Sequence[str]
 ) -> tuple[list[Record], Prompts | None]:
-    """The images of a split, each once, with all their texts; with prompts where the lines have labels."""
+    """Return the images of a split as records, each image once with all its texts.
+
+    Parameters
+    ----------
+    path : Path
+        The file; image paths are relative to it.
+    split : str
+        Value of "split" to read; in a file without it, one of `zoo.digit_scenes.SPLITS`, and all lines are read.
+    limit : int or None
+        Number of images, a random subset in the file's order; None: all.
+    seed : int
+        Seed of the subset.
+    templates : sequence of str
+        Class name -> prompt, as format strings.
+
+    Returns
+    -------
+    records : list of Record
+    prompts : dict of list of str, or None
+        Class name -> prompts, where the lines have labels.
+
+    Raises
+    ------
+    ValueError
+        An empty file, an unknown split, or a malformed line, which the message names.
+    """
     lines = _checked_lines(path)
     if not lines:
         raise ValueError(f"{path} is empty, expected a line for each image")
@@ -49,13 +74,13 @@ def read_jsonl(
         records = [records[i] for i in chosen.sort().values.tolist()]
     if "label" not in lines[0][1]:
         return records, None
-    # Every class of the split, also those that the limit left without an image: the task stays the same.
+    # Every class of the split, also those without an image under the limit: the classification task stays the same.
     names = sorted({entry["label"] for _, entry in lines})
     return records, {name: [template.format(name) for template in templates] for name in names}
 
 
 def _checked_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Every line with its place ("file, line 3") and checked types; blank lines are skipped."""
+    """Return every non-blank line with its place ("file, line 3") after checking its keys and types."""
     lines = []
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -83,6 +108,8 @@ def _checked_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _opener(image: Path, where: str) -> Callable[[], Image.Image]:
+    """Return a function that opens an image in RGB; its errors name the line."""
+
     def open_image() -> Image.Image:
         if not image.is_file():
             raise FileNotFoundError(f"{where}: no image {image}")

@@ -1,4 +1,4 @@
-"""``load_data``: from the name of a source to the inputs of a model."""
+"""`load_data`: from the name of a source to model inputs."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ def load_data(
     seed: int = 0,
     templates: Sequence[str] = ("a photo of a {}.",),
 ) -> Data:
-    """Read images and texts and make them into what ``model`` takes.
+    """Read images and texts and preprocess them into the inputs of ``model``.
 
     Parameters
     ----------
     source : str or Path
-        ``"digits"``: DigitScenes, scenes of one to four digits with a caption each, all captions different; for a
-        model that only answers questions, the next but one.
-        ``"digits-classes"``: scenes of one digit with the ten digits as classes, one prompt for every colour and place;
-        at most 320, at which every colour, digit and place occurs once.
-        ``"digits-questions"``: scenes with a question each ("what digit is top left ?") and its answer of one word, for
-        a model with an image token or one made for questions (``BlipForQuestionAnswering``).
+        ``"digits"``: DigitScenes, scenes of one to four digits with a caption each, all captions different; for a model
+        that only answers questions, "digits-questions" instead.
+        ``"digits-classes"``: scenes of one digit with the ten digits as classes, one prompt for every colour and
+        position; at most 320, at which every colour, digit and position occurs once.
+        ``"digits-questions"``: scenes with a question each ("what digit is top left ?") and its one-word answer, for a
+        model with an image token or a visual question answering model (``BlipForQuestionAnswering``).
         Otherwise a JSONL file; each line is ``{"image": path, "text": str or [str, ...]}`` and, on every line or on
         none, ``"label"``: a class name, and ``"split"``. Paths are relative to the file. Lines with the same image
         become one image with several texts.
     split : str
-        One of train, calibration, validation, test for the digits; a value of ``"split"`` for a JSONL that has it. A
-        JSONL without is used whole.
+        One of train, calibration, validation, test for the digits; a value of ``"split"`` for a JSONL file that has it.
+        A file without it is read whole.
     model : PreTrainedModel, optional
-        Its folder (``model.name_or_path``) gives the processor, and its forward decides whether images, texts or both
-        are prepared. Remote code is never run.
+        The processor is loaded from its folder (``model.name_or_path``), and the signature of its forward decides
+        whether images, texts or both are prepared. Remote code is never run.
     processor : optional
-        A processor, tokenizer or image processor, instead of the model's own. With neither, digits are prepared for
+        A processor, tokenizer or image processor, in place of the model's own. With neither, digits are prepared for
         the shipped ``clip-digits``.
     limit : int, optional
-        How many images. Digits: 1,000 (320) by default. JSONL: all by default; a random choice by ``seed``, in the
-        file's order.
+        Number of images. Digits: 1,000 (classes: 320) by default. JSONL: all by default; else a random subset by
+        ``seed``, in the file's order.
     seed : int
-        Which scenes, or which choice.
+        Seed of the scenes, or of the subset.
     templates : sequence of str
-        How a JSONL's class names become prompts.
+        Prompts of a JSONL file's classes, as format strings of the class name.
 
     Returns
     -------
     Data
-        For a processor with an image token (LLaVA and its kin) the token is put in front of every text that has none,
-        and labels cover what comes after it; for other models that generate, labels cover the text. Of an
-        encoder-decoder such as T5, labels begin with the token that starts the decoder; with images, its encoder is
-        given what comes before the text: the image, and a prompt where the text has one in front of an image token.
-        Of ``BlipForQuestionAnswering`` the encoder is given the question, an empty one where the source has none.
+        For a processor with an image token (LLaVA and similar) the token is prepended to every text that has none, and
+        labels cover what comes after it; for other generative models, labels cover the text. For an encoder-decoder
+        such as T5, labels begin with the decoder start token; with images, the encoder gets what precedes the text: the
+        image, and a prompt where the text has one before an image token. For ``BlipForQuestionAnswering`` the encoder
+        gets the question, an empty one if the source has none.
 
     Raises
     ------

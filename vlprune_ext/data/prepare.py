@@ -1,4 +1,4 @@
-"""Making model inputs of pictures and texts, in the way the processor of each family of models wants it."""
+"""Preprocessing of images and texts into model inputs, by the processor of each model family."""
 
 from __future__ import annotations
 
@@ -15,13 +15,28 @@ from transformers.image_processing_base import ImageProcessingMixin
 from .records import Prompts, Record
 from .tensors import Classes, Data
 
-IGNORED = -100  # a label that no loss counts
+IGNORED = -100  # label of positions without a loss: ignore_index of cross-entropy
 
 _CHUNK = 64  # images or texts handed to a processor at once
 
 
 class Preparer:
-    """Turns records into ``Data`` for one model: knows its processor and which inputs its forward takes."""
+    """Preprocess records into `Data` for one model, by its processor and the signature of its forward.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or None
+        None: every output of the processor is taken.
+    processor : object
+        A processor, tokenizer or image processor; None: loaded from the model's folder.
+    fallback : Path or None
+        Folder of a processor, in place of the model's.
+
+    Raises
+    ------
+    ValueError
+        No processor, or one that lacks what the model's forward takes.
+    """
 
     def __init__(self, model: Any, processor: Any, fallback: Path | None) -> None:
         if processor is None:
@@ -68,7 +83,7 @@ class Preparer:
         # Of an encoder-decoder such as T5, the decoder reads this token and then the labels.
         seq2seq = self.scored and getattr(text_config, "is_encoder_decoder", False)
         self.decoder_start: int | None = text_config.decoder_start_token_id if seq2seq else None
-        self.decoder_end: list[int] = []  # what ends labels where the tokenizer does not
+        self.decoder_end: list[int] = []  # appended to labels where the tokenizer adds no EOS
         if self.only_answers:
             self.decoder_start, self.decoder_end = text_config.bos_token_id, [text_config.sep_token_id]
         if seq2seq and self.decoder_start is None:
@@ -128,7 +143,7 @@ class Preparer:
         return _concatenated(outputs, len(records))
 
     def _limits(self, spare: int = 0) -> dict[str, Any]:
-        """What cuts a text so that ``spare`` tokens can be added."""
+        """Return the tokenizer's truncation arguments, leaving room for ``spare`` more tokens."""
         return {"truncation": True, "max_length": self.max_length - spare} if self.max_length < 10**6 else {}
 
     def _texts(
@@ -151,7 +166,7 @@ class Preparer:
         return self._padded(rows, scored)
 
     def _images_with_texts(self, records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One call of the processor a text, since how often it repeats the image token depends on the image."""
+        """Process each text with its image in one call, since the number of image tokens depends on the image."""
         images, rows = [], []
         for record in records:
             image = record.open()
@@ -181,7 +196,7 @@ class Preparer:
         return (always or self._taken(key)) and (value is None or isinstance(value, Tensor))
 
     def _padded(self, rows: list[dict[str, Tensor]], scored: bool) -> dict[str, Tensor]:
-        """Rows of different lengths as [T, S], padded on the right; with labels if ``scored``."""
+        """Pad rows of different lengths to [T, S], on the right; with labels if ``scored``."""
         tokenizer = self.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         fill = {"input_ids": 0 if pad is None else pad, "labels": IGNORED}
@@ -196,13 +211,13 @@ class Preparer:
         }
 
     def _decoder_labels(self, text: str) -> Tensor:
-        """What the decoder reads: the token that starts it, and the text with what ends it."""
+        """Return a decoder's labels: start token, text, end tokens."""
         limits = self._limits(1 + len(self.decoder_end))
         ids = self.tokenizer(text, add_special_tokens=not self.only_answers, **limits)["input_ids"]
         return torch.tensor([self.decoder_start, *ids, *self.decoder_end])
 
     def _answer_labels(self, row: dict[str, Tensor], answer: str) -> Tensor:
-        """The ids of the answer, at the end of the text, and EOS where the tokenizer puts it there."""
+        """Return labels for the answer at the end of the text, and for EOS if the tokenizer appends it."""
         labels = self._labels(row)
         words = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
         ends = bool(labels[-1] == self.tokenizer.eos_token_id)
@@ -210,7 +225,7 @@ class Preparer:
         return labels
 
     def _labels(self, row: dict[str, Tensor]) -> Tensor:
-        """The ids after the image, EOS included; other special tokens and what is not attended do not count."""
+        """Return labels for the ids after the image, EOS included; other special tokens and padding are ignored."""
         ids = row["input_ids"]
         special = torch.tensor([i for i in self.tokenizer.all_special_ids if i != self.tokenizer.eos_token_id])
         ignored = (row["attention_mask"] == 0) | torch.isin(ids, special)
@@ -225,6 +240,7 @@ class Preparer:
 
 
 def _find_processor(model: Any, fallback: Path | None) -> Any:
+    """Load the processor of a model from its folder, or from ``fallback``."""
     where = fallback if fallback is not None else getattr(model, "name_or_path", None)
     if not where:
         whose = "no model or processor was given" if model is None else "the model was not loaded from a folder"
@@ -241,7 +257,7 @@ def _chunks(records: Sequence[Record]) -> Iterable[Sequence[Record]]:
 
 
 def _concatenated(outputs: list[dict[str, Tensor]], n_images: int) -> dict[str, Tensor]:
-    """Processor outputs as one tensor a key; every image must give the same shape."""
+    """Concatenate processor outputs key by key; raise ValueError unless every image gives the same shape."""
     joined = {}
     for key in outputs[0]:
         values = [output[key] for output in outputs]

@@ -1,4 +1,4 @@
-"""What every source gives: pictures that are still closed, each with its texts and its class."""
+"""`Record`, the common form of all data sources: an unopened image with its texts and its class."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-Prompts = dict[str, list[str]]  # the name of a class -> its prompts
+Prompts = dict[str, list[str]]  # class name -> its prompts
 
 
 @dataclass
 class Record:
-    """One image before processing: how to open it, its texts, its class."""
+    """One image before preprocessing.
+
+    Parameters
+    ----------
+    open : callable () -> PIL.Image
+        Opens the image.
+    texts : list of str
+        Its captions or answers.
+    label : str, optional
+        Its class.
+    question : str
+        The question that the texts answer.
+    """
 
     open: Callable[[], Image.Image]
     texts: list[str]
     label: str | None = None
-    question: str = ""  # what the texts answer
+    question: str = ""

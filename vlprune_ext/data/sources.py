@@ -1,4 +1,4 @@
-"""The built-in sources of data, by name. Importing this module imports nothing, so that the help can list them."""
+"""Names of the built-in data sources. Importing this module imports nothing, so that the help can list them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images, texts and classes as the tensors a model takes."""
+"""`Data`: images, texts and classes as model inputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """Class prompts for zero-shot classification; several prompts may stand for one class.
+    """Class prompts for zero-shot classification; a class may have several prompts.
 
-    texts            dict of [P, S]  input_ids, attention_mask; empty for a model without a text side
-    class_of_prompt  [P] int64       which class each prompt describes
-    names            list of str     one name a class
+    Parameters
+    ----------
+    texts : dict of Tensor [P, S], int64
+        ``input_ids`` and ``attention_mask``; empty for a vision-only model.
+    class_of_prompt : Tensor [P], int64
+        Class of each prompt.
+    names : list of str
+        Class names.
     """
 
     texts: dict[str, Tensor]
@@ -30,24 +35,37 @@ class Classes:
         return len(self.names)
 
     def to(self, device: torch.device | str) -> Classes:
-        """The same on another device."""
+        """Return the classes on another device."""
         return replace(self, texts=_moved(self.texts, device), class_of_prompt=self.class_of_prompt.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images, the texts that belong to them, and optionally classes, as tensors a model takes.
+    """Images, their texts and optionally classes, as model inputs.
 
-    name, split    str                   where they came from
-    images         dict of [I * c, ...]  processor outputs, e.g. pixel_values [I, 3, H, W]; image i owns the c rows from
-                                         i * c on (c is 1 for most processors). Empty for a text-only model
-    texts          dict of [T, S]        input_ids, attention_mask and, for a model that generates, labels (-100 = not
-                                         scored). Empty for a vision-only model
-    image_of_text  [T] int64             the image each text belongs to; every image has at least one
-    classes        Classes or None       prompts for zero-shot classification
-    labels         [I] int64 or None     the class of each image
+    I is the number of images, T that of texts; without texts, T = I and ``image_of_text`` is 0, 1, ...
 
-    Without texts, T = I and ``image_of_text`` counts the images. Raises ValueError if the tensors do not fit together.
+    Parameters
+    ----------
+    name, split : str
+        Source and split.
+    images : dict of Tensor [I * c, ...]
+        Processor outputs, e.g. ``pixel_values`` [I, 3, H, W]; image i owns the c rows from i * c on (c is 1 for most
+        processors). Empty for a text-only model.
+    texts : dict of Tensor [T, S]
+        ``input_ids``, ``attention_mask`` and, for a generative model, ``labels`` (-100 = ignored). Empty for a
+        vision-only model.
+    image_of_text : Tensor [T], int64
+        The image of each text; every image has at least one.
+    classes : Classes, optional
+        Prompts for zero-shot classification.
+    labels : Tensor [I], int64, optional
+        The class of each image.
+
+    Raises
+    ------
+    ValueError
+        Tensors that do not fit together.
     """
 
     name: str
@@ -77,7 +95,7 @@ class Data:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where the data came from, for records: name, split, hash, and how many images."""
+        """Name, split, hash and number of images, for records."""
         return {"name": self.name, "split": self.split, "hash": self.hash, "images": self.n_images}
 
     def __len__(self) -> int:
@@ -90,12 +108,12 @@ class Data:
 
     @cached_property
     def n_images(self) -> int:
-        """How many images (for a text-only model: how many groups of texts)."""
+        """Number of images (for a text-only model: of groups of texts)."""
         return int(self.image_of_text.max()) + 1
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over every tensor and class name; the same on any device, and without name and split."""
+        """SHA-256 over every tensor and class name; independent of device, name and split."""
         digest = hashlib.sha256()
         parts: dict[str, Tensor | None] = {"image_of_text": self.image_of_text, "labels": self.labels}
         parts |= {f"images.{key}": value for key, value in self.images.items()}
@@ -111,10 +129,17 @@ class Data:
         return digest.hexdigest()
 
     def subset(self, images: int | Sequence[int] | Tensor) -> Data:
-        """Some images with all their texts, in the order given, renumbered from 0.
+        """Return some images with all their texts, in the order given, renumbered from 0.
 
-        images  int: the first so many; or the indices [K] int64; or a mask [I] bool. Raises ValueError if empty, out of
-                range or repeated.
+        Parameters
+        ----------
+        images : int, sequence of int, or Tensor
+            The first so many, indices [K] int64, or a mask [I] bool.
+
+        Raises
+        ------
+        ValueError
+            No image, an index out of range or repeated.
         """
         if isinstance(images, int):
             if not 1 <= images <= self.n_images:
@@ -145,9 +170,19 @@ class Data:
         )
 
     def texts_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(the texts [K] int64 of some images [n] int64, image by image; the position [K] in ``images`` of each one's).
+        """Return the texts of some images, image by image; texts of one image keep their order.
 
-        Texts of one image keep their order.
+        Parameters
+        ----------
+        images : Tensor [n], int64
+            Indices of images.
+
+        Returns
+        -------
+        texts : Tensor [K], int64
+            Indices of texts.
+        position : Tensor [K], int64
+            Index into ``images`` of each text's image.
         """
         device = self.image_of_text.device
         place = torch.full((self.n_images,), -1, device=device)  # [I], where an image goes
@@ -158,9 +193,12 @@ class Data:
         return rows, owner[rows]
 
     def batch(self, text_index: int | slice | Sequence[int] | Tensor) -> dict[str, Tensor]:
-        """The texts asked for and, row by row, the image of each: the keyword arguments of a model's forward.
+        """Return the selected texts and, row by row, the image of each: keyword arguments of a model's forward.
 
-        text_index  which of the T texts: [B] int64, a slice, or one int. An image comes once for each of its texts.
+        Parameters
+        ----------
+        text_index : int, slice, sequence of int, or Tensor [B], int64
+            Indices of texts. An image is repeated for each of its texts.
         """
         if isinstance(text_index, int):
             text_index = [text_index]
@@ -173,7 +211,7 @@ class Data:
         }
 
     def to(self, device: torch.device | str) -> Data:
-        """The same on another device."""
+        """Return the data on another device."""
         return replace(
             self,
             images=_moved(self.images, device),

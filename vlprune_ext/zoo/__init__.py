@@ -1,4 +1,4 @@
-"""Small trained models and the data they were trained on, shipped with the package so that nothing is downloaded."""
+"""Small trained models and the data that they were trained on, shipped with the package: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _ROOT = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The models that are shipped, sorted. Each is a ``save_pretrained`` folder."""
+    """Return the names of the shipped models, sorted; each is a ``save_pretrained`` folder."""
     return sorted(config.parent.name for config in _ROOT.glob("*/config.json"))
 
 
 def path(name: str) -> Path:
-    """The folder of a shipped model, for ``from_pretrained``. Raises ValueError on a name not in ``names()``."""
+    """Return the folder of a shipped model, for ``from_pretrained``; raise ValueError on a name not in ``names()``."""
     known = names()
     if name not in known:
         raise ValueError(f"no model named {name!r} in the zoo, which has {', '.join(known) or 'none'}")

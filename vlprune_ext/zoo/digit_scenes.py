@@ -31,11 +31,11 @@ COLOURS = {
 IMAGE_SIZE = 48
 CELL = IMAGE_SIZE // 2
 SIZES = (20, 22)  # side of a placed digit in pixels
-SINGLES = len(COLOURS) * 10 * len(POSITIONS)  # how many different scenes of one object can be told apart by caption
+SINGLES = len(COLOURS) * 10 * len(POSITIONS)  # number of different captions of one object
 
 # How often a kind of question is asked, relative to the other kinds that a scene allows.
 QUESTION_SHARES = {"digit": 0.40, "colour": 0.15, "digit by colour": 0.20, "colour by digit": 0.15, "count": 0.10}
-PLAIN_KINDS = ("digit", "colour", "count")  # asked of places and of the whole; the others need a search
+PLAIN_KINDS = ("digit", "colour", "count")  # of positions and of the whole scene; the others need a search
 
 _SHARE = {"train": 0.70, "calibration": 0.10, "validation": 0.10, "test": 0.10}
 _SPLIT_SEED = 20240711
@@ -45,7 +45,19 @@ _RGB = np.array(list(COLOURS.values()), dtype=np.float32)  # [C, 3]
 
 @dataclass(frozen=True)
 class Object:
-    """One digit in a scene: where it is, its colour, what it is, and which of the 1,797 images it is drawn from."""
+    """One digit in a scene.
+
+    Parameters
+    ----------
+    position : int
+        Index into ``POSITIONS``.
+    colour : int
+        Index into ``COLOURS``.
+    digit : int
+        0 to 9.
+    source : int
+        Index of its image among the 1,797.
+    """
 
     position: int
     colour: int
@@ -60,7 +72,17 @@ class Object:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene, its only right answer in one word, and its kind, a key of ``QUESTION_SHARES``."""
+    """One question about a scene.
+
+    Parameters
+    ----------
+    text : str
+        The question.
+    answer : str
+        Its only right answer, one word.
+    kind : str
+        A key of ``QUESTION_SHARES``.
+    """
 
     text: str
     answer: str
@@ -69,10 +91,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it, objects in reading order.
+    """One image and the digits in it.
 
-    image    [48, 48, 3]  uint8 RGB
-    objects  1 to 4 of ``Object``
+    Parameters
+    ----------
+    image : array [48, 48, 3], uint8
+        RGB.
+    objects : tuple of 1 to 4 Object
+        In reading order.
     """
 
     image: np.ndarray
@@ -85,8 +111,10 @@ class Scene:
 
     @functools.cached_property
     def questions(self) -> tuple[Question, ...]:
-        """All that is asked about the scene: digit and colour of every place ("none" where it is empty), the digit of
-        every colour and the colour of every digit that occur once, how many digits there are.
+        """All questions about the scene.
+
+        Digit and colour of every position ("none" where it is empty), the digit of every colour and the colour of every
+        digit that occur once, and the number of digits.
         """
         at = {o.position: o for o in self.objects}
         colours, shown = Counter(o.colour for o in self.objects), Counter(o.digit for o in self.objects)
@@ -105,14 +133,14 @@ class Scene:
 
 
 def describe(colour: int, digit: int, position: int) -> str:
-    """The phrase for one object, from indices into ``COLOURS``, the ten digits and ``POSITIONS``."""
+    """Return the phrase for one object, from indices into ``COLOURS``, the ten digits and ``POSITIONS``."""
     name = _NAMES[colour]
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name} {digit} {POSITIONS[position]}"
 
 
 @functools.cache
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """All digit images [1797, 8, 8] uint8 (0 to 16) and what they show [1797] uint8."""
+    """Return all digit images [1797, 8, 8] uint8 (0 to 16) and their classes [1797] uint8."""
     stored = load_file(Path(__file__).with_name("digits.safetensors"))
     for array in stored.values():
         array.setflags(write=False)
@@ -121,7 +149,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def split_indices(split: str) -> np.ndarray:
-    """Which of the 1,797 digits belong to ``split``, ascending [n] int64; the same share of each digit class."""
+    """Return the digits [n] int64 of a split among the 1,797, ascending; the same ratio of each class."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     rng = np.random.default_rng(_SPLIT_SEED)
@@ -145,7 +173,7 @@ def _by_digit(split: str) -> tuple[np.ndarray, ...]:
 
 @functools.cache
 def _enlarged(size: int) -> np.ndarray:
-    """Every digit by linear interpolation at ``size`` pixels, 0 to 1: [1797, size, size] float32."""
+    """Return every digit upsampled linearly to ``size`` pixels: [1797, size, size] float32 in [0, 1]."""
     centre = np.clip((np.arange(size) + 0.5) * 8 / size - 0.5, 0, 7)
     low = np.minimum(centre.astype(int), 6)
     weight = np.zeros((size, 8), dtype=np.float32)
@@ -155,6 +183,7 @@ def _enlarged(size: int) -> np.ndarray:
 
 
 def _paint(objects: Sequence[Object], rng: np.random.Generator) -> np.ndarray:
+    """Render a scene [48, 48, 3] uint8 with random background, sizes, offsets, brightness and noise."""
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.uniform(0, 50), dtype=np.float32)
     for o in objects:
         size = SIZES[rng.integers(len(SIZES))]
@@ -175,17 +204,17 @@ class DigitScenes(Sequence[Scene]):
     Parameters
     ----------
     split : {"train", "calibration", "validation", "test"}
-        Which digits are used. They never overlap between splits.
+        Which digit images are used; those of different splits are disjoint.
     n : int
-        How many scenes.
+        Number of scenes.
     seed : int
-        Another seed, other scenes (of the same split's digits).
+        Seed of the scenes' composition.
     objects : tuple of int
-        How many digits a scene may hold; each number is equally likely. ``(1,)`` with n = 320 is every colour, digit
-        and position once.
+        Possible numbers of digits in a scene, equally likely. ``(1,)`` with n = 320 gives every colour, digit and
+        position once.
     alike : int
-        So many scenes in a row have the same positions and colours and differ in their digits alone: hard negatives
-        for contrastive training, which otherwise learns little of what a digit is.
+        So many scenes in a row share positions and colours and differ in their digits alone: hard negatives for
+        contrastive training, which otherwise learns digits poorly.
 
     Raises
     ------
@@ -213,6 +242,7 @@ class DigitScenes(Sequence[Scene]):
         self._scenes = tuple(self._compose(n))
 
     def _compose(self, n: int) -> Iterator[Scene]:
+        """Yield the scenes, one random stream for all."""
         rng = np.random.default_rng([SPLITS.index(self.split), self.seed, *self.objects])
         pool = _by_digit(self.split)
         seen: set[tuple[tuple[int, int, int], ...]] = set()
@@ -243,12 +273,12 @@ class DigitScenes(Sequence[Scene]):
 
     @property
     def images(self) -> np.ndarray:
-        """All pictures [n, 48, 48, 3] uint8."""
+        """All images [n, 48, 48, 3] uint8."""
         return np.stack([scene.image for scene in self])
 
     @property
     def captions(self) -> list[str]:
-        """One caption a picture, all different."""
+        """One caption per scene, all different."""
         return [scene.caption for scene in self]
 
     @property
@@ -257,10 +287,21 @@ class DigitScenes(Sequence[Scene]):
         return [scene.questions for scene in self]
 
     def asked(self, seed: int = 0, kinds: Sequence[str] = tuple(QUESTION_SHARES)) -> list[Question]:
-        """One question a scene: one of ``kinds`` by ``QUESTION_SHARES``, then any of that kind, all by ``seed``.
+        """Return one question per scene: a kind drawn by ``QUESTION_SHARES``, then any question of that kind.
 
-        The questions of fewer scenes are the first of those of more. Raises ValueError on a negative seed, or on kinds
-        of which some scene has none: ``PLAIN_KINDS`` are in every scene.
+        The questions of fewer scenes are the first of those of more.
+
+        Parameters
+        ----------
+        seed : int
+            Seed of the draws.
+        kinds : sequence of str
+            Keys of ``QUESTION_SHARES``; those of ``PLAIN_KINDS`` are in every scene.
+
+        Raises
+        ------
+        ValueError
+            A negative seed, or a scene without a question of these kinds.
         """
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected 0 or more")
