@@ -1,4 +1,4 @@
-"""Where a model keeps its towers, blocks, heads, neurons and projections: one small entry per family.
+"""Locations of a model's towers, blocks, heads, neurons and projections: one small entry per model family.
 
 A *tower* is a stack of residual blocks. A *site* is an output projection whose input splits into removable units: the
 heads of an attention, the neurons of an MLP. Nothing here runs a model or changes one.
@@ -9,8 +9,8 @@ from .families import FAMILIES, Family, VisualPaths, register
 from .model import Anatomy, describe
 from .towers import IGNORED, Tower, TowerPaths
 
-KINDS = ("head", "cross_head", "neurons", "layer")  # what can be removed
-MATRIX = "matrix"  # what can be made sparse
+KINDS = ("head", "cross_head", "neurons", "layer")  # of structured pruning
+MATRIX = "matrix"  # the kind of unstructured and n:m pruning
 
 __all__ = [
     "FAMILIES",

@@ -1,4 +1,4 @@
-"""Residual blocks: where their heads and neurons are, one small layout for each class of block."""
+"""Residual blocks: locations of their heads and neurons, one small layout per class of block."""
 
 from __future__ import annotations
 
@@ -11,32 +11,71 @@ from torch import nn
 
 @dataclass(frozen=True)
 class SitePaths:
-    """Where a block keeps one site; paths are relative to the block."""
+    """Locations of one site in a block; module paths are relative to the block.
 
-    kind: str  # "head", "cross_head" or "neurons"
-    module: str  # returns what the output projection returns
-    out: str  # the output projection
-    inputs: tuple[str, ...]  # the projections that produce its input
-    skip: tuple[str, ...] = ()  # need not run once the output projection's result is known
-    owner: str = ""  # keeps the head counts
-    counts: tuple[str, ...] = ()  # attributes of `owner` that count heads
-    widths: tuple[str, ...] = ()  # attributes of `owner` that count heads * head_dim
-    removable: bool = True  # False: the class's own forward cannot run with fewer units
-    free_head_dim: bool = False  # the config can set head_dim apart from the number of heads
-    interface: bool = True  # the attention calls the function that its config names
+    Parameters
+    ----------
+    kind : {"head", "cross_head", "neurons"}
+        Kind of units.
+    module : str
+        Module that returns the output projection's result.
+    out : str
+        The output projection, a linear layer.
+    inputs : tuple of str
+        Linear layers that produce its input.
+    skip : tuple of str
+        Modules that need not run once the output projection's result is known.
+    owner : str
+        Module that keeps the head counts.
+    counts : tuple of str
+        Attributes of ``owner`` equal to a number of heads.
+    widths : tuple of str
+        Attributes of ``owner`` equal to heads * head_dim.
+    removable : bool
+        Whether the class's own forward works with fewer units.
+    free_head_dim : bool
+        Whether the config can set head_dim apart from the number of heads.
+    interface : bool
+        Whether the attention calls the function that its config names (transformers' `AttentionInterface`).
+    """
+
+    kind: str
+    module: str
+    out: str
+    inputs: tuple[str, ...]
+    skip: tuple[str, ...] = ()
+    owner: str = ""
+    counts: tuple[str, ...] = ()
+    widths: tuple[str, ...] = ()
+    removable: bool = True
+    free_head_dim: bool = False
+    interface: bool = True
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One kind of transformer block: its sites in the order in which they run, and the norm in front of the first."""
+    """One class of transformer block.
+
+    Parameters
+    ----------
+    sites : tuple of SitePaths
+        In the order in which they run.
+    norm : str
+        Path of the norm before the attention; "" for post-norm blocks.
+    pre_norm : str
+        Attribute of the block that is False where ``norm`` comes after the attention; "": it never does.
+    fixed : str
+        Why a block cannot be removed from its list; "": it can.
+    """
 
     sites: tuple[SitePaths, ...]
-    norm: str = ""  # the norm in front of the attention; "" for post-norm blocks
-    pre_norm: str = ""  # attribute of the block that is False where `norm` comes after; "" = it never does
-    fixed: str = ""  # why a block cannot be taken out of its list; "" = it can
+    norm: str = ""
+    pre_norm: str = ""
+    fixed: str = ""
 
 
 def _pre_norm(attention: str, qkv: tuple[str, ...], out: str, norms: tuple[str, str], up, down, **attention_fields):
+    """Return the layout of a pre-norm block with one attention and one MLP."""
     heads = SitePaths(
         "head",
         module=attention,
@@ -53,6 +92,7 @@ def _pre_norm(attention: str, qkv: tuple[str, ...], out: str, norms: tuple[str, 
 
 
 def _bert_attention(kind: str, root: str) -> SitePaths:
+    """Return the site of a BERT self- or cross-attention below ``root``."""
     return SitePaths(
         kind,
         module=f"{root}.output.dense",
@@ -67,7 +107,8 @@ def _bert_attention(kind: str, root: str) -> SitePaths:
 
 
 def _t5_attention(kind: str, root: str) -> SitePaths:
-    # Every block adds the same position bias, one for each head, so that all of them have the same number of heads.
+    """Return the site of a T5 self- or cross-attention at ``root``."""
+    # Every block adds the same position bias [heads, T, T], so that all must have the same number of heads.
     return SitePaths(
         kind,
         module=root,
@@ -80,6 +121,7 @@ def _t5_attention(kind: str, root: str) -> SitePaths:
 
 
 def _t5_neurons(place: int, *inputs: str) -> SitePaths:
+    """Return the site of the T5 MLP that is the block's layer ``place``."""
     root = f"layer.{place}.DenseReluDense"
     return SitePaths(
         "neurons",
@@ -151,7 +193,7 @@ _T5 = Layout(
     norm="layer.0.layer_norm",
     fixed="T5's first block holds the position bias that all of them add",
 )
-# The norms come before or after, so that they always run.
+# Pre- or post-norm by config, so that the norms always run.
 _OPT = Layout(
     (
         SitePaths(
@@ -208,13 +250,35 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass(frozen=True)
 class Site:
-    """An output projection whose input columns come in ``units`` removable slices of ``width``."""
+    """Output projection whose input columns split into ``units`` removable slices of ``width``.
+
+    Parameters
+    ----------
+    kind : {"head", "cross_head", "neurons"}
+        Kind of units.
+    out : nn.Linear
+        The output projection, weight [D, units * width].
+    inputs : tuple of nn.Linear
+        Layers that produce its input.
+    units : int
+        Heads (key/value heads under grouped-query attention), or neurons.
+    width : int
+        Columns of ``out`` per unit: head_dim * query heads per key/value head, or 1.
+    module : nn.Module
+        Returns the output projection's result.
+    skip : tuple of nn.Module
+        Need not run once that result is known.
+    paths : SitePaths
+        The site's entry in the table.
+    block : nn.Module
+        The block.
+    """
 
     kind: str
-    out: nn.Linear  # [D, units * width]
+    out: nn.Linear
     inputs: tuple[nn.Linear, ...]
-    units: int  # heads (key/value heads under grouped queries), or neurons
-    width: int  # columns of `out` per unit: head_dim * query heads per key/value head, or 1
+    units: int
+    width: int
     module: nn.Module
     skip: tuple[nn.Module, ...]
     paths: SitePaths
@@ -222,16 +286,16 @@ class Site:
 
     @property
     def attention(self) -> Any:
-        """The module that computes the attention."""
+        """The attention module."""
         return resolve(self.block, self.paths.owner)
 
     def input_segments(self, projection: nn.Linear) -> int:
-        """How many stacked matrices ``projection`` holds: 3 for a fused qkv, else 1."""
+        """Return how many stacked matrices ``projection`` holds: 3 for a fused qkv projection, else 1."""
         return 3 if self.kind != "neurons" and len(self.inputs) == 1 else 1
 
     @property
     def unit_params(self) -> int:
-        """Parameters that go with one unit."""
+        """Number of parameters removed with one unit."""
         columns = self.width * self.out.out_features
         rows = sum(p.weight.numel() + (0 if p.bias is None else p.bias.numel()) for p in self.inputs) // self.units
         return columns + rows
@@ -239,12 +303,24 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """One residual block of a tower."""
+    """One residual block of a tower.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The block.
+    sites : dict of Site
+        By kind, in the order in which they run.
+    norm : nn.Module or None
+        The norm before the attention, of a pre-norm block.
+    fixed : str
+        Why it cannot be removed from its list; "": it can.
+    """
 
     module: nn.Module
-    sites: dict[str, Site]  # in the order in which they run
+    sites: dict[str, Site]
     norm: nn.Module | None
-    fixed: str = ""  # why it cannot be taken out of its list
+    fixed: str = ""
 
     @property
     def params(self) -> int:
@@ -252,6 +328,7 @@ class Block:
 
 
 def resolve(root: nn.Module, path: str) -> nn.Module:
+    """Return the submodule or attribute at a dotted path; ``root`` itself for ""."""
     return attrgetter(path)(root) if path else root
 
 
@@ -260,6 +337,7 @@ def _linear(root: nn.Module, path: str) -> nn.Linear:
 
 
 def has(root: nn.Module, *paths: str) -> bool:
+    """Return whether all dotted paths exist below ``root``."""
     try:
         for path in paths:
             resolve(root, path)
@@ -268,10 +346,11 @@ def has(root: nn.Module, *paths: str) -> bool:
     return True
 
 
-_HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim")  # what attention classes call it
+_HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim")  # its names in attention classes
 
 
 def _bind_site(block: nn.Module, paths: SitePaths) -> Site:
+    """Resolve the paths of a site in one block."""
     out = _linear(block, paths.out)
     inputs = tuple(_linear(block, path) for path in paths.inputs)
     if paths.kind == "neurons":
@@ -294,7 +373,7 @@ def _bind_site(block: nn.Module, paths: SitePaths) -> Site:
 
 
 def bind_block(module: nn.Module) -> Block:
-    """The sites of one block."""
+    """Return a block with its sites; raise ValueError for a class without a layout."""
     layout = LAYOUTS.get(type(module).__name__)
     if layout is None:
         raise ValueError(

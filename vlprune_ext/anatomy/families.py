@@ -1,4 +1,4 @@
-"""Families of models: what each keeps where, one small entry for each class."""
+"""Table of model families: one entry per model class, with the paths of its towers and heads."""
 
 from __future__ import annotations
 
@@ -12,26 +12,56 @@ from .towers import TowerPaths
 
 @dataclass(frozen=True)
 class VisualPaths:
-    """Where visual tokens meet language: among the text of a tower, or as what its cross-attention reads."""
+    """How visual tokens enter a language model: among the text of a tower, or by cross-attention.
 
-    tower: str = "text"  # whose blocks they enter
-    placeholders: tuple[str, ...] = ("image_token_id",)  # attributes of the config: ids that they take in input_ids
-    projector: str = ""  # takes the vision tower's patches and gives the tokens, one by one; "" = they do not match
-    reader: str = ""  # cross-attention: the module that is called with encoder_hidden_states
-    prefix: bool = False  # tokens whose token_type_ids are 0 see each other in both directions
+    Parameters
+    ----------
+    tower : str
+        The tower whose blocks they enter.
+    placeholders : tuple of str
+        Attributes of the config: ids of their placeholders in ``input_ids``.
+    projector : str
+        Module that maps the vision tower's patches to visual tokens, one to one; "": they do not match one to one.
+    reader : str
+        Module called with ``encoder_hidden_states`` where visual tokens are read by cross-attention; "": they are not.
+    prefix : bool
+        Whether tokens with ``token_type_ids`` 0 attend to each other bidirectionally (prefix-LM mask).
+    """
+
+    tower: str = "text"
+    placeholders: tuple[str, ...] = ("image_token_id",)
+    projector: str = ""
+    reader: str = ""
+    prefix: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """One entry of the table: what a family of models keeps where."""
+    """One entry of the table: the locations of a model family's parts.
+
+    Parameters
+    ----------
+    towers : dict of TowerPaths
+        By name.
+    embed : dict of callable (model, inputs) -> Tensor [B, E]
+        Tower -> embedding before normalisation; both towers of a dual encoder have one.
+    head : str
+        Module that maps hidden states to logits; "": none.
+    needs_decoder_ids : bool
+        Whether labels are passed as ``decoder_input_ids``.
+    visual : VisualPaths, optional
+        How visual tokens enter the language model; None: there are none.
+    otherwise : Family, optional
+        Entry for models of this class that lack a tower of this one.
+    """
 
     towers: dict[str, TowerPaths]
     # tower -> (model, inputs) -> [B, E], before normalisation; both towers of a dual encoder have one
     embed: dict[str, Callable[[nn.Module, dict[str, Tensor]], Tensor]] = field(default_factory=dict)
-    head: str = ""  # the module that turns hidden states into logits; "" = the model has none
-    needs_decoder_ids: bool = False  # labels enter as decoder_input_ids
-    visual: VisualPaths | None = None  # where visual tokens meet language; None = nowhere
-    otherwise: Family | None = None  # the entry for models of this class that lack a tower of this one
+    head: str = ""
+    needs_decoder_ids: bool = False
+    visual: VisualPaths | None = None
+    otherwise: Family | None = None
 
 
 def _image_features(model, inputs):
@@ -55,7 +85,7 @@ def _pooled(model, inputs):
 
 
 def _stack(*roots: str) -> tuple[str, ...]:
-    """Where a stack of blocks may lie below each of these roots."""
+    """Return the possible paths of a stack of blocks below each of these roots."""
     return tuple(f"{root}{path}" for root in roots for path in ("encoder.layers", "layers", "encoder.layer"))
 
 
@@ -126,7 +156,7 @@ _LLAMA_TOWER = {
     "text": TowerPaths(("layers", "model.layers"), "", before=("embed_tokens", "model.embed_tokens"), pool="labels")
 }
 
-# Model class -> entry. One class, one entry: what differs between the classes of a model type is just what counts here.
+# Model class -> entry. Classes of one model type differ in their towers and heads, hence an entry for each.
 FAMILIES: dict[str, Family] = {
     "CLIPModel": Family(
         {"vision": _vision("vision_model.", pool="first"), "text": _text("text_model.", pool="eot")}, _DUAL_EMBED
@@ -186,5 +216,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def register(model_class: str, family: Family) -> None:
-    """Teach the package a new model class (the name of the transformers class)."""
+    """Add a model class to the table of families.
+
+    Parameters
+    ----------
+    model_class : str
+        Name of the transformers class.
+    family : Family
+        Its entry.
+    """
     FAMILIES[model_class] = family

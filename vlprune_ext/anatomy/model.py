@@ -1,4 +1,4 @@
-"""A model taken apart."""
+"""`describe`: from a transformers model to its `Anatomy`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .towers import Tower, bind_tower, blocks_path
 
 
 class TextConfig(Protocol):
-    """What is read off the config of a language model."""
+    """The fields read from the config of a language model."""
 
     vocab_size: int
     pad_token_id: int
@@ -24,7 +24,15 @@ class TextConfig(Protocol):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model taken apart: its towers and its family's entry."""
+    """A model with its towers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The transformers model.
+    family : Family
+        Its entry in the table of families.
+    """
 
     model: nn.Module
     family: Family
@@ -35,7 +43,7 @@ class Anatomy:
 
     @property
     def pairs(self) -> bool:
-        """Whether the model embeds images and texts, each without the other: a dual encoder."""
+        """Whether the model is a dual encoder: it embeds images and texts, each without the other."""
         return set(self.family.embed) == {"vision", "text"}
 
     @property
@@ -52,12 +60,13 @@ class Anatomy:
         return config.get_text_config()
 
     def embed(self, tower: str, inputs: dict[str, Tensor]) -> Tensor:
-        """[B, E]: a tower's embeddings, before normalisation. Raises ValueError if it has none."""
+        """Return a tower's embeddings [B, E] before normalisation; raise ValueError if it has none."""
         if tower not in self.family.embed:
             raise ValueError(f"tower: {type(self.model).__name__} has no embedding of tower {tower!r}")
         return self.family.embed[tower](self.model, inputs)
 
     def tower(self, name: str) -> Tower:
+        """Return a tower by its name; raise ValueError listing the names."""
         if name not in self.towers:
             raise ValueError(
                 f"tower: {type(self.model).__name__} has no tower {name!r}; its towers are {', '.join(self.towers)}"
@@ -65,14 +74,17 @@ class Anatomy:
         return self.towers[name]
 
     def shape(self) -> dict[str, list[dict[str, int]]]:
-        """Units of every site of every block: the fingerprint by which a plan knows its model."""
+        """Return the number of units of every site of every block: the fingerprint that a plan is checked against."""
         return {name: tower.shape() for name, tower in self.towers.items()}
 
 
 def describe(model: nn.Module) -> Anatomy:
-    """Take a transformers model apart.
+    """Return the anatomy of a transformers model.
 
-    Raises ValueError for a class that is not in the table; `register` adds one.
+    Raises
+    ------
+    ValueError
+        A class that is not in the table; `register` adds one.
     """
     name = type(model).__name__
     if name not in FAMILIES:

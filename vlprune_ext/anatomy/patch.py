@@ -1,4 +1,4 @@
-"""Temporary changes to modules. Whatever is patched here is unpatched on exit, also when the body raises."""
+"""Temporary changes to modules: hooks, patched forwards, modes. All are undone on exit, also after an exception."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _ABSENT = object()
 
 
 class Patches:
-    """Forward functions and hooks that live as long as a ``with`` block.
+    """Owner of hooks, patched forwards and attributes, which it undoes when its ``with`` block ends.
 
-    Later patches of a module stack on earlier ones; they come off in reverse order.
+    Later patches of a module stack on earlier ones; they are undone in reverse order.
     """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
     def forward(self, module: nn.Module, function: Callable) -> None:
-        """Let ``function`` answer in place of ``module.forward``; the module's hooks still run."""
+        """Replace ``module.forward`` by ``function``; the module's hooks still run."""
         before = module.__dict__.get("forward", _ABSENT)
 
         def undo() -> None:
@@ -33,11 +33,11 @@ class Patches:
         self._undo.append(undo)
 
     def pre_hook(self, module: nn.Module, hook: Callable, **kwargs) -> None:
-        """Register a forward pre-hook."""
+        """Register a forward pre-hook, with the keyword arguments of `register_forward_pre_hook`."""
         self._undo.append(module.register_forward_pre_hook(hook, **kwargs).remove)
 
     def hook(self, module: nn.Module, hook: Callable, **kwargs) -> None:
-        """Register a forward hook."""
+        """Register a forward hook, with the keyword arguments of `register_forward_hook`."""
         self._undo.append(module.register_forward_hook(hook, **kwargs).remove)
 
     def attribute(self, owner: object, name: str, value: object) -> None:
@@ -47,6 +47,7 @@ class Patches:
         self._undo.append(lambda: setattr(owner, name, before))
 
     def undo(self) -> None:
+        """Undo all patches, the latest first."""
         while self._undo:
             self._undo.pop()()
 
@@ -59,7 +60,7 @@ class Patches:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off; every module's mode comes back on exit."""
+    """Set a model to evaluation mode inside the ``with`` block; every module's own mode is restored on exit."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -71,7 +72,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_only_of(model: nn.Module, parameters: Iterable[Tensor] = ()) -> Iterator[None]:
-    """No other parameter of the model needs a gradient; every flag comes back on exit."""
+    """Require gradients of these parameters only inside the ``with`` block; every flag is restored on exit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its other parameters get ``requires_grad=False``.
+    parameters : iterable of Tensor
+        Parameters of the model; none by default.
+    """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     wanted = {id(p) for p in parameters}
     for p, _ in flags:
