@@ -1,8 +1,8 @@
-"""Loads the compiled module and is the only place that sees an address.
+"""Bindings to the compiled module ``_C``: the only place that passes data pointers.
 
-One function per launcher: it describes checked tensors to csrc/launchers.h and leaves out a launch with nothing to do.
-``_launch`` adds, for CUDA, a device guard and the current stream; for the CPU, torch's thread count. Everything about
-the arguments was checked by ``vlprune_ext.ops``.
+One function per launcher: it describes checked tensors to csrc/launchers.h and skips launches without output.
+``_launch`` adds, for CUDA, a device guard and the current stream; for the CPU, torch's thread count.
+``vlprune_ext.ops`` has checked all arguments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType i
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled, and which instruction set runs: plain data, for ``vlprune info``."""
+    """Return the compiler, CUDA version and instruction sets of the build, as plain data for ``vlprune info``."""
     return {
         "compiler": _C.compiler,
         "isa": _C.cpu.isa(),
@@ -44,9 +44,19 @@ def build_info() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def force_isa(name: str) -> Iterator[None]:
-    """Run the CPU kernels with the instruction set ``name`` ("scalar", "avx2", "avx512") inside the ``with`` block.
+    """Run the CPU kernels with one instruction set inside the ``with`` block.
 
-    The environment variable VLPRUNE_FORCE_ISA does so for a whole process. RuntimeError where the machine lacks it.
+    The environment variable VLPRUNE_FORCE_ISA does so for a whole process.
+
+    Parameters
+    ----------
+    name : {"scalar", "avx2", "avx512"}
+        The instruction set.
+
+    Raises
+    ------
+    RuntimeError
+        A machine or build without it.
     """
     previous = _C.cpu.isa()
     _C.cpu.force_isa(name)
@@ -57,11 +67,12 @@ def force_isa(name: str) -> Iterator[None]:
 
 
 def is_cuda(device: torch.device) -> bool:
-    """Whether the CUDA launchers take tensors on ``device``: some want other scratch memory than those of the CPU."""
+    """Return whether CUDA launchers are used for ``device``; some need other scratch memory than the CPU's."""
     return device.type == "cuda"
 
 
 def _launch(name: str, device: torch.device, *args: Any) -> None:
+    """Call a launcher of the device's backend; raise RuntimeError for a CUDA tensor in a build without CUDA."""
     if not is_cuda(device):
         getattr(_C.cpu, name)(*args, torch.get_num_threads())
         return
@@ -79,13 +90,14 @@ _Tensor = tuple[int, Sequence[int], Sequence[int], int] | None
 
 
 def _tensor(tensor: Tensor | None) -> _Tensor:
-    """Describe a tensor as csrc/tensor.h takes it: address, sizes, strides, dtype (-1 where it is none of DTYPES)."""
+    """Describe a tensor as csrc/tensor.h takes it: address, sizes, strides, dtype (-1 if not in DTYPES)."""
     if tensor is None:
         return None
     return tensor.data_ptr(), tensor.shape, tensor.stride(), DTYPES.get(tensor.dtype, -1)
 
 
 def leave_one_out(x: Tensor, weight: Tensor, base: Tensor, out: Tensor, groups: list[int], group_size: int) -> None:
+    """Launch the GEMM that writes ``base`` without each group's product to ``out`` [V, N, D]."""
     if out.numel() == 0:
         return
     _launch("leave_one_out", x.device, _tensor(x), _tensor(weight), _tensor(base), _tensor(out), groups, group_size)
@@ -101,6 +113,7 @@ def retrieval_rank(
     norm: Tensor,
     listed: Tensor,
 ) -> None:
+    """Launch the search that writes ``rank`` [V, N] int32; ``best``, ``split``, ``norm`` and ``listed`` are scratch."""
     if rank.numel() == 0:
         return
     _launch(
@@ -118,6 +131,7 @@ def retrieval_rank(
 
 
 def column_norm_sq(acc: Tensor, x: Tensor, token_weight: Tensor | None, partial: Tensor) -> None:
+    """Launch the reduction that adds squared column norms to ``acc`` [in]; ``partial`` is scratch."""
     if x.numel() == 0:
         return
     _launch("column_norm_sq", x.device, _tensor(acc), _tensor(x), _tensor(token_weight), _tensor(partial))
@@ -126,24 +140,28 @@ def column_norm_sq(acc: Tensor, x: Tensor, token_weight: Tensor | None, partial:
 def prune_smallest(
     weight: Tensor, scale: Tensor | None, mask: Tensor | None, k: int, k_of_row: Tensor | None = None
 ) -> None:
+    """Launch the selection of each row's ``k`` (or ``k_of_row`` [out]) least scores: written to ``mask``, or zeroed."""
     if weight.numel() == 0:
         return
     _launch("prune_smallest", weight.device, _tensor(weight), _tensor(scale), _tensor(mask), _tensor(k_of_row), k)
 
 
 def prune_nm(weight: Tensor, scale: Tensor | None, mask: Tensor | None, n: int, m: int) -> None:
+    """Launch the selection of the n least scores of every m: written to ``mask``, or zeroed."""
     if weight.numel() == 0:
         return
     _launch("prune_nm", weight.device, _tensor(weight), _tensor(scale), _tensor(mask), n, m)
 
 
 def key_histogram(weight: Tensor, scale: Tensor | None, counts: Tensor, prefix: Tensor | None, level: int) -> None:
+    """Launch the histogram of digit ``level`` of the scores' sort keys that share ``prefix``, added to ``counts``."""
     if weight.numel() == 0:
         return
     _launch("key_histogram", weight.device, _tensor(weight), _tensor(scale), _tensor(counts), _tensor(prefix), level)
 
 
 def count_keys(weight: Tensor, scale: Tensor | None, threshold: Tensor, below: Tensor, equal: Tensor) -> None:
+    """Launch the count of each row's sort keys below and equal to ``threshold``."""
     if weight.numel() == 0:
         return
     _launch(
@@ -158,6 +176,7 @@ def count_keys(weight: Tensor, scale: Tensor | None, threshold: Tensor, below: T
 
 
 def perturb(weight: Tensor, plus: Tensor, minus: Tensor, seed: int, tensor_id: int, eps: float) -> None:
+    """Launch the draw of z that writes ``weight + eps z`` to ``plus`` and ``weight - eps z`` to ``minus``."""
     if weight.numel() == 0:
         return
     _launch("perturb", weight.device, _tensor(weight), _tensor(plus), _tensor(minus), seed, tensor_id, eps)
@@ -176,6 +195,7 @@ def attention_importance(
     of_max: bool,
     causal: bool,
 ) -> None:
+    """Launch the reduction of recomputed attention weights to ``out`` [B, Tk]; ``partial`` is scratch."""
     if out.numel() == 0:
         return
     _launch(
@@ -196,6 +216,7 @@ def attention_importance(
 
 
 def select_tokens(score: Tensor, protected: Tensor | None, index: Tensor) -> None:
+    """Launch the top-k selection that writes ascending positions to ``index`` [B, K]."""
     if index.numel() == 0:
         return
     _launch("select_tokens", score.device, _tensor(score), _tensor(protected), _tensor(index))
@@ -211,6 +232,7 @@ def diverse_tokens(
     closest: Tensor,
     kept: Tensor,
 ) -> None:
+    """Launch the greedy max-min selection that writes ``kept`` [B, T]; ``gram``, ``scale``, ``closest`` are scratch."""
     if kept.numel() == 0:
         return
     _launch(
@@ -228,6 +250,7 @@ def diverse_tokens(
 
 
 def compact_tokens(index: Tensor, tensors: Sequence[Tensor], out: Sequence[Tensor], dims: Sequence[int]) -> None:
+    """Launch the gather of all tensors into ``out``."""
     kept = [_token_tensor(*each) for each in zip(tensors, out, dims, strict=True) if each[1].numel()]
     if not kept:
         return
@@ -245,6 +268,7 @@ def match_tokens(
     inverse: Tensor,
     gathered: Tensor,
 ) -> None:
+    """Launch the cosine matching that writes ``similarity`` and ``match`` [B, T]; all after them is scratch."""
     if match.numel() == 0:
         return
     _launch(
@@ -273,6 +297,7 @@ def merge_tokens(
     out: Sequence[Tensor],
     dims: Sequence[int],
 ) -> None:
+    """Launch the weighted means that write ``out`` and ``total`` [B, K]; ``lists`` and ``ends`` are scratch."""
     if index.numel() == 0:
         return
     kept = [_token_tensor(*each) for each in zip(tensors, out, dims, strict=True) if each[1].numel()]
@@ -290,11 +315,10 @@ def merge_tokens(
 
 
 def _token_tensor(tensor: Tensor, out: Tensor, dim: int) -> tuple[tuple[_Tensor, _Tensor], Tensor]:
-    """Describe what is read and written of one tensor, and return what has to live as long: the tensor or a copy.
+    """Describe source and output of a gather along ``dim``; return with them the tensor to keep alive until the launch.
 
-    What is read is described as bytes, [B or 1, outer, T, inner, run] with T the dimension ``dim``. Copied is what has
-    two dimensions or more before the token's, or after it and before what is contiguous, that cannot be walked with one
-    stride.
+    The source is described as bytes, [B or 1, outer, T, inner, run] with T the dimension ``dim``. It is copied where
+    the dimensions before ``dim``, or those after it and before the contiguous run, cannot be merged into one stride.
     """
     sizes, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
     run = 1
@@ -316,7 +340,7 @@ def _token_tensor(tensor: Tensor, out: Tensor, dim: int) -> tuple[tuple[_Tensor,
 
 
 def _merged(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
-    """Size and stride of some dimensions walked as one, or None where one stride does not do."""
+    """Return size and stride of some dimensions merged into one, or None if they do not share a stride."""
     if len(sizes) == 0:
         return 1, 0
     if len(sizes) == 1:

@@ -1,6 +1,6 @@
-"""The ops of ``vlprune_ext.ops`` in plain torch: slow and obviously right, in the dtype of their inputs.
+"""Reference implementations of ``vlprune_ext.ops`` in plain torch: slow and obviously right, in their inputs' dtype.
 
-Use them to check a result (float64 in, float64 out) or to read what an op does.
+Use them to check a result (float64 in, float64 out) or to read what an op computes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def leave_one_out(
     group_size: int,
     groups: Sequence[int] | None = None,
 ) -> Tensor:  # [V, N, D]
-    """``base - x_g @ weight_g.T`` for each group g; see :func:`vlprune_ext.ops.leave_one_out`."""
+    """Return ``base - x_g @ weight_g.T`` for each group g; see :func:`vlprune_ext.ops.leave_one_out`."""
     if groups is None:
         groups = range(x.shape[1] // group_size)
     out = base.new_empty((len(groups), *base.shape))
@@ -54,7 +54,7 @@ def retrieval_rank(
     gallery: Tensor,  # [V or 1, M, D] or [M, D]
     positives: Tensor,  # [N] or [N, P]
 ) -> Tensor:  # [V, N] or [N]
-    """Gallery items that score strictly higher than the best positive; see :func:`vlprune_ext.ops.retrieval_rank`."""
+    """Count gallery items of higher score than the best positive; see :func:`vlprune_ext.ops.retrieval_rank`."""
     scores = query @ gallery.transpose(-1, -2)  # [V, N, M] or [N, M]
     rows = positives if positives.dim() == 2 else positives[:, None]
     index = rows.clamp(min=0).expand(*scores.shape[:-1], rows.shape[1])
@@ -68,7 +68,7 @@ def column_norm_sq_(
     x: Tensor,  # [N, in]
     token_weight: Tensor | None = None,  # [N]
 ) -> Tensor:
-    """Adds the columns' squared norms; see :func:`vlprune_ext.ops.column_norm_sq_`."""
+    """Add the squared norms of columns to ``acc``; see :func:`vlprune_ext.ops.column_norm_sq_`."""
     x = x.to(acc.dtype)
     return acc.add_(x.square().sum(0) if token_weight is None else (token_weight[:, None] * x.square()).sum(0))
 
@@ -84,7 +84,7 @@ def smallest_mask(
     *,
     scope: str = "row",
 ) -> Tensor:  # [out, in] bool
-    """The first k of a stable sort of the scores; see :func:`vlprune_ext.ops.smallest_mask`."""
+    """Mark the first k of a stable sort of the scores; see :func:`vlprune_ext.ops.smallest_mask`."""
     scores = _scores(weight, column_scale)
     if scope == "matrix":
         scores = scores.reshape(1, -1)
@@ -93,12 +93,12 @@ def smallest_mask(
 
 
 def prune_smallest_(weight: Tensor, column_scale: Tensor | None, k: int, *, scope: str = "row") -> Tensor:
-    """See :func:`vlprune_ext.ops.prune_smallest_`."""
+    """Zero the first k of a stable sort of the scores; see :func:`vlprune_ext.ops.prune_smallest_`."""
     return weight.masked_fill_(smallest_mask(weight, column_scale, k, scope=scope), 0)
 
 
 def share_smallest(weights: Sequence[Tensor], column_scales: Sequence[Tensor | None], k: int) -> list[int]:
-    """Sorts all scores in one; see :func:`vlprune_ext.ops.share_smallest`."""
+    """Count each matrix's scores among the first k of one stable sort; see :func:`vlprune_ext.ops.share_smallest`."""
     scores = [_scores(weight, scale).flatten() for weight, scale in zip(weights, column_scales, strict=True)]
     chosen = torch.cat(scores).sort(stable=True).indices[:k]
     bounds = torch.tensor([0, *(score.numel() for score in scores)]).cumsum(0)
@@ -106,19 +106,19 @@ def share_smallest(weights: Sequence[Tensor], column_scales: Sequence[Tensor | N
 
 
 def nm_mask(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> Tensor:
-    """The first n of a stable sort of every m scores; see :func:`vlprune_ext.ops.nm_mask`."""
+    """Mark the first n of a stable sort of every m scores; see :func:`vlprune_ext.ops.nm_mask`."""
     groups = _scores(weight, column_scale).view(weight.shape[0], -1, m)
     order = groups.sort(dim=-1, stable=True).indices[..., :n]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).view(weight.shape)
 
 
 def prune_nm_(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> Tensor:
-    """See :func:`vlprune_ext.ops.prune_nm_`."""
+    """Zero the first n of a stable sort of every m scores; see :func:`vlprune_ext.ops.prune_nm_`."""
     return weight.masked_fill_(nm_mask(weight, column_scale, n, m), 0)
 
 
 def _philox(counter: Tensor, tensor_id: int, seed: int) -> list[Tensor]:
-    """Four words [n] of Philox4x32-10 (Salmon et al., SC 2011) for each counter [n], as int64 below 2**32."""
+    """Return four words [n] of Philox4x32-10 (Salmon et al., SC 2011) for each counter [n], as int64 below 2**32."""
     low = 0xFFFFFFFF
     word = [
         counter & low,
@@ -142,13 +142,13 @@ def _philox(counter: Tensor, tensor_id: int, seed: int) -> list[Tensor]:
 
 
 def normals(count: int, seed: int, tensor_id: int) -> Tensor:
-    """[count] float64: the z of :func:`vlprune_ext.ops.perturb`, before any rounding to fp32."""
+    """Return the z [count] float64 of :func:`vlprune_ext.ops.perturb`, before any rounding to fp32."""
     chunks = -(-count // 64)
     word = _philox(torch.arange(chunks * 16), tensor_id, seed)
     z = []
     for first, second in (word[:2], word[2:]):
         radius = (-2 * (((first >> 1).double() + 0.5) / 2**31).log()).sqrt()
-        # The top two bits say which quarter turn, the rest, as a signed number, the angle from its middle.
+        # The top two bits are the quadrant; the rest, as a signed number, the angle from its middle.
         rest = (second << 2) & 0xFFFFFFFF
         turn = (second >> 30).double() + (rest - ((rest >> 31) << 32)).double() / 2**32
         z += [radius * (turn * math.pi / 2).cos(), radius * (turn * math.pi / 2).sin()]
@@ -156,7 +156,7 @@ def normals(count: int, seed: int, tensor_id: int) -> Tensor:
 
 
 def perturb(weight: Tensor, seed: int, tensor_id: int, eps: float) -> tuple[Tensor, Tensor]:
-    """``weight + eps z`` and ``weight - eps z``; see :func:`vlprune_ext.ops.perturb`."""
+    """Return ``weight + eps z`` and ``weight - eps z``; see :func:`vlprune_ext.ops.perturb`."""
     change = eps * normals(weight.numel(), seed, tensor_id).view(weight.shape)
     return (weight.double() + change).to(weight.dtype), (weight.double() - change).to(weight.dtype)
 
@@ -173,7 +173,7 @@ def attention_importance(
     key_mask: Tensor | None = None,  # [B, Tk] bool
     scale: float | None = None,
 ) -> Tensor:  # [B, Tk]
-    """What the keys receive, from the whole map; see :func:`vlprune_ext.ops.attention_importance`."""
+    """Reduce the full attention map over heads and queries; see :func:`vlprune_ext.ops.attention_importance`."""
     queries, keys = q.shape[2], k.shape[2]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(-1, -2))  # [B, H, Tq, Tk]
@@ -194,11 +194,11 @@ def select_tokens(
     keep: int,
     protected: Tensor | None = None,  # [B, T] bool
 ) -> Tensor:  # [B, keep] int64
-    """The first of a stable sort, in ascending order; see :func:`vlprune_ext.ops.select_tokens`."""
+    """Return the first of a stable sort, as ascending positions; see :func:`vlprune_ext.ops.select_tokens`."""
     nan = score.isnan()
     plain = score.masked_fill(nan, -torch.inf) + 0  # no -0, which a sort on CUDA tells from +0
     order = plain.sort(dim=1, descending=True, stable=True).indices
-    # What matters more is sorted by later.
+    # Stable sorts from the least to the most significant key.
     for later in (nan,) if protected is None else (nan, ~protected):
         order = order.gather(1, later.gather(1, order).to(torch.uint8).sort(dim=1, stable=True).indices)
     return order[:, :keep].sort(dim=1).values
@@ -210,7 +210,7 @@ def diverse_tokens(
     *,
     candidate: Tensor | None = None,  # [B, T] bool
 ) -> Tensor:  # [B, T] bool
-    """Max-min selection by cosine, one token at a time; see :func:`vlprune_ext.ops.diverse_tokens`."""
+    """Select tokens by greedy max-min cosine distance, one at a time; see :func:`vlprune_ext.ops.diverse_tokens`."""
     samples, tokens, _ = x.shape
     kept = torch.zeros(samples, tokens, dtype=torch.bool, device=x.device)
     candidate = torch.ones_like(kept) if candidate is None else candidate
@@ -222,10 +222,10 @@ def diverse_tokens(
         others = comparable.repeat(tokens, 1).fill_diagonal_(False)
         for _ in range(min(count, int(candidate[b].sum()))):
             closest = similarity.masked_fill(~others, -torch.inf).amax(1)
-            closest = closest.masked_fill(~comparable, torch.inf)  # behind all that have a direction
+            closest = closest.masked_fill(~comparable, torch.inf)  # ranked behind all comparable tokens
             left = (candidate[b] & ~kept[b]).nonzero()[:, 0]
             kept[b, left[closest[left].argmin()]] = True
-            others = (comparable & kept[b]).repeat(tokens, 1)  # from now on those kept, only
+            others = (comparable & kept[b]).repeat(tokens, 1)  # after the first, distances to kept tokens only
     return kept
 
 
@@ -234,7 +234,7 @@ def compact_tokens(
     tensors: Sequence[Tensor],  # [B or 1, .., T, ..]
     dims: Sequence[int] | None = None,
 ) -> list[Tensor]:  # [B, .., K, ..]
-    """``gather`` of each tensor; see :func:`vlprune_ext.ops.compact_tokens`."""
+    """Gather tokens of each tensor; see :func:`vlprune_ext.ops.compact_tokens`."""
     batch, keep = index.shape
     out = []
     for tensor, dim in zip(tensors, [1] * len(tensors) if dims is None else dims, strict=True):
@@ -252,7 +252,7 @@ def match_tokens(
     *,
     source: Tensor | None = None,  # [B, T] bool
 ) -> tuple[Tensor, Tensor]:  # [B, T], [B, T] int64
-    """The maximum over the matrix of all pairs; see :func:`vlprune_ext.ops.match_tokens`."""
+    """Return the maximum over the matrix of all cosines; see :func:`vlprune_ext.ops.match_tokens`."""
     source = ~target if source is None else source
     length = key.norm(dim=-1, keepdim=True)
     direction = key / length.where(length != 0, 1)
@@ -273,7 +273,7 @@ def merge_tokens(
     size: Tensor | None = None,  # [B, T]
     dims: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # [B, .., K, ..], [B, K]
-    """Token after token, in fp32 at least; see :func:`vlprune_ext.ops.merge_tokens`."""
+    """Average tokens one after another, in fp32 at least; see :func:`vlprune_ext.ops.merge_tokens`."""
     size = torch.ones(match.shape, device=match.device) if size is None else size
     out, total = compact_tokens(index, tensors, dims), size.gather(1, index)
     dropped = torch.ones_like(match, dtype=torch.bool).scatter_(1, index, False)

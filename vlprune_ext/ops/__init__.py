@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors, on CPU or CUDA. Each is a torch op, too: ``torch.ops.vlprune.<name>``."""
+"""Kernels as functions of tensors, on CPU or CUDA; each is a torch op, too: ``torch.ops.vlprune.<name>``."""
 
 from .ablation import leave_one_out, retrieval_rank
 from .attention import attention_importance

@@ -1,6 +1,6 @@
-"""Ops for module ablation: what is a tower's output, and its retrieval recall, without one head or neuron group?
+"""Ops for module ablation: a linear layer's output without each head or neuron group, and ranks for recall@k.
 
-For each op: the schema, one function that checks the arguments and allocates the output (it is the fake, too), the
+For each op: the schema, one function that checks the arguments and allocates the output (also the fake kernel), the
 implementation, and the public function.
 """
 
@@ -69,28 +69,28 @@ def _leave_one_out(
 def leave_one_out(
     x: Tensor, weight: Tensor, base: Tensor, group_size: int, groups: Sequence[int] | None = None
 ) -> Tensor:
-    """A linear layer's output without one group of its inputs, for each group: ``base - x_g @ weight_g.T``.
+    """Return a linear layer's output without each of some groups of input columns: ``base - x_g @ weight_g.T``.
 
-    This is what ablating a module means at the block's own output projection (MoPE-CLIP, arXiv 2403.07839): with ``x``
-    the heads' concatenated outputs and ``group_size`` the head dimension, variant g is the projection without head g;
-    with ``x`` the activated neurons, without neuron group g. All variants share one pass over what precedes.
+    This ablates a module at the block's own output projection (MoPE-CLIP, arXiv 2403.07839): with ``x`` the heads'
+    concatenated outputs and ``group_size`` the head dimension, variant g is the projection without head g; with ``x``
+    the activated neurons, without neuron group g. All variants share the forward pass up to ``x``.
 
     Parameters
     ----------
-    x : [N, G*g], fp32/fp16/bf16
-        The layer's input. Rows may be any distance apart; a last dimension that is not contiguous is copied.
-    weight : [D, G*g], dtype of x
+    x : Tensor [N, G*g], fp32/fp16/bf16
+        The layer's input. Any row stride; a last dimension that is not contiguous is copied.
+    weight : Tensor [D, G*g], dtype of x
         The layer's weight, as in ``torch.nn.Linear``.
-    base : [N, D], dtype of x
-        The output with nothing removed, whatever was added to it (bias, residual).
+    base : Tensor [N, D], dtype of x
+        The output with all groups, whatever was added to it (bias, residual).
     group_size : int
         g, a divisor of the columns of x.
     groups : sequence of V int, optional
-        Which groups to leave out, on the host, in any order and with repeats; all G by default. Empty gives [0, N, D].
+        Groups to leave out, on the host, in any order and with repeats; all G by default. Empty gives [0, N, D].
 
     Returns
     -------
-    [V, N, D], dtype of x
+    Tensor [V, N, D], dtype of x
         Sums of products are accumulated in fp32 and the difference is rounded once.
 
     Raises
@@ -115,8 +115,8 @@ torch.library.register_fake("vlprune::leave_one_out", _leave_one_out_out, lib=_l
 # ---- retrieval_rank -------------------------------------------------------------------------------------------------
 
 
-# On CUDA in fp32 the tensor cores leave scores undecided that are close to the best: one in 900 of random embeddings of
-# 512 numbers. They are listed where there is room; where there is not, everything is computed twice.
+# On CUDA in fp32 the tensor cores' precision does not decide scores close to the best: one in 900 of random embeddings
+# of 512 numbers. Those are listed and recomputed; if the list overflows, everything is computed twice.
 _FEWEST_LISTED, _SCORES_PER_LISTED = 4096, 512
 
 
@@ -178,6 +178,7 @@ def _retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor
 
 
 def _check_positives(positives: Tensor, items: int) -> None:
+    """Raise ValueError unless every query has a positive and all indices are in range; synchronises on CUDA."""
     rows = positives if positives.dim() == 2 else positives[:, None]
     bad = (rows < -1) | (rows >= items)
     lacking = (rows < 0).all(dim=1)
@@ -192,24 +193,24 @@ def _check_positives(positives: Tensor, items: int) -> None:
 
 
 def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
-    """How many gallery items score strictly higher than the query's best positive, for each query.
+    """Count the gallery items that score strictly higher than each query's best positive.
 
-    The score is the dot product; ``recall@k`` is ``(rank < k).float().mean()``. Scores are never stored: memory beyond
-    the result is O(V*N), and for fp32 on a GPU about as much as query and gallery take. Recall is what MoPE-CLIP scores
-    modules by (arXiv 2403.07839).
+    The score is the dot product; ``recall@k`` is ``(rank < k).float().mean()``. The score matrix is never stored:
+    memory beyond the result is O(V*N), and for fp32 on a GPU about as much as query and gallery take. MoPE-CLIP scores
+    modules by recall (arXiv 2403.07839).
 
     Parameters
     ----------
-    query : [V, N, D] or [N, D], fp32/fp16/bf16
+    query : Tensor [V, N, D] or [N, D], fp32/fp16/bf16
         Embeddings of N queries under V variants of the model.
-    gallery : [V, M, D], [1, M, D] or [M, D], dtype of query
+    gallery : Tensor [V, M, D], [1, M, D] or [M, D], dtype of query
         Embeddings of the items; one gallery for all variants, or one each.
-    positives : [N] or [N, P], int64
+    positives : Tensor [N] or [N, P], int64
         Indices of each query's matching items; -1 pads a row.
 
     Returns
     -------
-    [V, N] (or [N] for a query of two dimensions), int32
+    Tensor [V, N] (or [N] for a query of two dimensions), int32
         0 is a hit at 1. A tie does not count as higher; scores are accumulated in fp32, each in the same order, so an
         exact copy of a positive is a tie.
 
@@ -218,9 +219,9 @@ def retrieval_rank(query: Tensor, gallery: Tensor, positives: Tensor) -> Tensor:
     TypeError
         A dtype that is not supported.
     ValueError
-        Shapes or devices that do not fit, an index out of range, a query without a positive, a score that is NaN.
-        The last three need a look at the data (on CUDA: a synchronisation); while a CUDA graph is captured or
-        torch.compile traces there is none: then a rank of -1 marks a query with a NaN among its scores.
+        Shapes or devices that do not fit, an index out of range, a query without a positive, a score that is NaN. The
+        last three read the data (on CUDA: a synchronisation). While a CUDA graph is captured or torch.compile traces
+        they are not checked: then a rank of -1 marks a query with a NaN among its scores.
     """
     expect_tensors(query=query, gallery=gallery, positives=positives)
     readable = may_read(positives)

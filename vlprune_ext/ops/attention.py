@@ -1,6 +1,6 @@
-"""The attention that each key receives, an op.
+"""The attention that each key receives, as an op that stores no attention map.
 
-The schema, one function that checks the arguments and allocates the output (it is the fake, too), the implementation,
+The schema, one function that checks the arguments and allocates the output (also the fake kernel), the implementation,
 and the public function.
 """
 
@@ -23,10 +23,10 @@ _library.define(
 )
 
 REDUCTIONS = ("sum", "max")
-_CPU_QUERIES = 144  # of a part: a packed block of keys pays for itself
-_CUDA_KEYS, _CUDA_QUERIES = 128, {"sum": 128, "max": 64}  # of a tile
-_CUDA_BLOCKS = 1024  # of a sample: about four for every place on a large GPU
-_CUDA_STEPS = {"sum": 2, "max": 1}  # of a block at least, so that loads and sums overlap
+_CPU_QUERIES = 144  # queries per part, enough to amortise packing a block of keys
+_CUDA_KEYS, _CUDA_QUERIES = 128, {"sum": 128, "max": 64}  # tile sizes
+_CUDA_BLOCKS = 1024  # thread blocks per sample: about four per resident slot on a large GPU
+_CUDA_STEPS = {"sum": 2, "max": 1}  # tiles per thread block at least, so that loads and sums overlap
 
 
 def _attention_importance_out(
@@ -125,39 +125,39 @@ def attention_importance(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The attention that each key receives: ``out_bj = sum_i query_weight_bi R_h(head_weight_h p_bhij)``, R sum or max.
+    """Return the attention each key receives: ``out_bj = sum_i query_weight_bi R_h(head_weight_h p_bhij)``.
 
-    p is the attention's softmax, computed again from q, k and the log-sum-exp that flash attention returns:
-    ``p_bhij = exp(scale <q_bhi, k_bhj> - lse_bhi)``. No map is stored; memory beyond the result is O(Tk). The mean over
-    heads of a last row ranks the visual tokens of FastV (arXiv 2403.06764, section 4.1); query_weight picks the rows
-    that ask. No gradient.
+    R is the sum or maximum over heads, p the attention weights, recomputed from q, k and the log-sum-exp that flash
+    attention returns: ``p_bhij = exp(scale <q_bhi, k_bhj> - lse_bhi)``. No attention map is stored; memory beyond the
+    result is O(Tk). The mean over heads of a last row ranks the visual tokens of FastV (arXiv 2403.06764, section 4.1);
+    query_weight selects rows. No gradient.
 
     Parameters
     ----------
-    q : [B, H, Tq, d], fp32/fp16/bf16
-        Queries, after any rotation. Any strides; a last dimension that is not contiguous is copied.
-    k : [B, Hkv, Tk, d], dtype of q
+    q : Tensor [B, H, Tq, d], fp32/fp16/bf16
+        Queries, after any rotary embedding. Any strides; a last dimension that is not contiguous is copied.
+    k : Tensor [B, Hkv, Tk, d], dtype of q
         Keys, likewise. Hkv divides H; query head h reads key head ``h // (H / Hkv)``.
-    lse : [B, H, Tq], fp32
-        The natural logarithm of each row's sum of exponentials, of the same masking. -inf says that a row saw no key:
-        it gives nothing. p is not normalised again.
-    head_weight : [B or 1, H], fp32, optional
+    lse : Tensor [B, H, Tq], fp32
+        Natural log-sum-exp of each row's logits under the same masking. -inf marks a row whose keys are all masked: it
+        contributes 0. p is not normalised again.
+    head_weight : Tensor [B or 1, H], fp32, optional
         All 1 by default. May be negative: the maximum is that of the weighted values.
-    query_weight : [B, Tq], fp32, optional
+    query_weight : Tensor [B, Tq], fp32, optional
         All 1 by default.
-    reduce : "sum" or "max"
+    reduce : {"sum", "max"}
         R, over the heads.
     causal : bool
-        Query i sees keys j <= i + Tk - Tq; the last one sees all. p is 0 elsewhere.
-    key_mask : [B, Tk], bool, optional
+        Query i attends to keys j <= i + Tk - Tq; the last one to all. p is 0 elsewhere.
+    key_mask : Tensor [B, Tk], bool, optional
         True for keys that were attended; p is 0 elsewhere.
     scale : float, optional
-        d**-0.5 by default.
+        Factor of the logits, d**-0.5 by default.
 
     Returns
     -------
-    [B, Tk], fp32
-        Scores, p and sums are fp32; the same bits on every run and thread count, whatever else is in the batch.
+    Tensor [B, Tk], fp32
+        Logits, p and sums are fp32; bitwise reproducible on every run and thread count, whatever else is in the batch.
 
     Raises
     ------

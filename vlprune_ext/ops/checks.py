@@ -1,4 +1,4 @@
-"""What every op asks of its arguments, and how it says what came and what was expected."""
+"""Argument checks that the ops share; messages say what came and what was expected."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ INT32_MAX = 2**31 - 1
 
 
 def shape(tensor: Tensor) -> str:
+    """Format a tensor's shape as "[2, 3]", also with symbolic sizes."""
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
 def expect_tensors(**values: object) -> None:
-    """What the dispatcher would refuse in words of its own."""
+    """Raise TypeError for an argument that is no tensor, before the dispatcher does in words of its own."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
 
 
 def expect_int(name: str, value: object) -> int:
+    """Return an argument as an int; a SymInt as it is, so that tracing does not specialise it."""
     if type(value) is int or isinstance(value, torch.SymInt):  # which operator.index would fix to one number
         return value  # type: ignore[return-value]
     try:
@@ -33,7 +35,7 @@ def expect_int(name: str, value: object) -> int:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Same device, same supported dtype."""
+    """Raise unless all tensors have the same device and the same supported dtype."""
     (first, reference), *others = tensors.items()
     if reference.dtype not in _native.DTYPES:
         raise TypeError(f"{first} has dtype {reference.dtype}; expected float32, float16 or bfloat16")
@@ -49,6 +51,25 @@ def check_tensors(**tensors: Tensor) -> None:
 def check_beside(
     name: str, tensor: Tensor, dtype: torch.dtype, shapes: list[list[int]], what: str, of: str, other: Tensor
 ) -> None:
+    """Raise unless a tensor has this dtype, one of these shapes, and the device of ``other``.
+
+    Parameters
+    ----------
+    name : str
+        Its name in messages.
+    tensor : Tensor
+        Checked.
+    dtype : torch.dtype
+        Expected.
+    shapes : list of list of int
+        Expected, any of them.
+    what : str
+        What the shape corresponds to, for the message.
+    of : str
+        Name of ``other``.
+    other : Tensor
+        Has the expected device.
+    """
     expect_tensors(**{name: tensor})
     if tensor.dtype != dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected {str(dtype).removeprefix('torch.')}")
@@ -60,12 +81,12 @@ def check_beside(
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous; rows may lie any distance apart."""
+    """Return the tensor with a contiguous last dimension, a copy if need be; any row stride."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether the tensor's values may be looked at: not while tracing or capturing a graph, and not a fake's."""
+    """Return whether a tensor's values can be read: not in tracing or graph capture, nor those of a fake tensor."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     if isinstance(tensor, torch._subclasses.FakeTensor):

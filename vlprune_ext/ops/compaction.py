@@ -1,6 +1,6 @@
-"""Ops that take tokens out of a layer's whole state, with those that leave dropped or merged into the others.
+"""Ops that shorten the sequence of a layer's state: gather the kept tokens, or merge the dropped ones into them.
 
-For each op: the schema, one function that checks the arguments and allocates the output (it is the fake, too), the
+For each op: the schema, one function that checks the arguments and allocates the output (also the fake kernel), the
 implementation, and the public function.
 """
 
@@ -36,7 +36,7 @@ _CUDA_DEPTH = 8  # gathered keys are padded to a multiple of it
 
 
 def _expect_tokens(tensors: object, dims: object) -> list[int] | None:
-    """What the dispatcher would refuse in words of its own."""
+    """Check the types of ``tensors`` and ``dims`` before the dispatcher does in its own words; return ``dims``."""
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"tensors is a {type(tensors).__name__}; expected a sequence of tensors")
     expect_tensors(**{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
@@ -46,7 +46,7 @@ def _expect_tokens(tensors: object, dims: object) -> list[int] | None:
 
 
 def _token_dims(tensors: Sequence[Tensor], dims: Sequence[int] | None) -> Sequence[int]:
-    """Of each tensor, counted from the front."""
+    """Return the token dimension of each tensor, counted from the front."""
     if dims is None:
         dims = [1] * len(tensors)
     if len(dims) != len(tensors):
@@ -103,7 +103,7 @@ def _compacted(
 
 
 def _check_index(index: Tensor, tokens: int) -> None:
-    """On the host, where looking costs next to nothing and a stray address could do any harm."""
+    """Raise ValueError for an index out of range on a CPU, where reading is cheap and a stray address would be used."""
     if index.device.type != "cpu" or index.numel() == 0:
         return
     least, most = index.aminmax()
@@ -134,7 +134,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, list[Tensor], list[int] |
 
 
 def _spread(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[None, list[Tensor | None], None]:
-    """The gradients back where the tokens were, zeros elsewhere; those of a shared batch are summed."""
+    """Scatter the gradients to the tokens' positions, zeros elsewhere; those of a shared batch are summed."""
     (index,) = ctx.saved_tensors
     batch = torch.arange(index.shape[0], device=index.device)[:, None]
     found: list[Tensor | None] = []
@@ -150,25 +150,25 @@ def _spread(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[None, list[Tensor
 
 
 def compact_tokens(index: Tensor, tensors: Sequence[Tensor], dims: Sequence[int] | None = None) -> list[Tensor]:
-    """Each tensor with the tokens of ``index`` only, in that order: a layer's state after pruning, in one launch.
+    """Gather the tokens ``index`` of each tensor, in that order: a layer's state after token pruning, in one launch.
 
-    Differentiable in the tensors that are: a gradient goes back where its token was, and is zero elsewhere.
+    Differentiable in ``tensors``: gradients are scattered back, zeros elsewhere.
 
     Parameters
     ----------
-    index : [B, K], int64
-        Positions, each once in a row, as :func:`select_tokens` gives them. Not looked at by the host if on a GPU: there
-        a position out of range ends in a CUDA error, as in torch's own indexing.
-    tensors : sequence of [B, .., T, ..] or [1, .., T, ..], any dtypes
+    index : Tensor [B, K], int64
+        Positions, each once in a row, as :func:`select_tokens` gives them. Not read by the host if on a GPU: there a
+        position out of range ends in a CUDA error, as in torch's own indexing.
+    tensors : sequence of Tensor [B, .., T, ..] or [1, .., T, ..], any dtypes
         Hidden states [B, T, D], position ids [B, T], masks, cos and sin, keys and values [B, H, T, d]. A batch of 1 is
-        shared by all rows. Any strides; what has several dimensions on one side of the token's that do not lie evenly
-        in memory is copied first. More than 32 tensors take a launch for each 32.
+        shared by all rows. Any strides; a tensor with several dimensions on one side of the token's that do not merge
+        into one stride is copied. More than 32 tensors take a launch for each 32.
     dims : sequence of int, optional
         The token dimension of each tensor, 1 (behind the batch) by default; from the end if negative.
 
     Returns
     -------
-    list of [B, .., K, ..], contiguous
+    list of Tensor [B, .., K, ..], contiguous
 
     Raises
     ------
@@ -229,35 +229,35 @@ def _match_tokens(key: Tensor, target: Tensor, source: Tensor | None = None) -> 
 
 
 def match_tokens(key: Tensor, target: Tensor, *, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For each source token the target of highest cosine similarity: ``max_j <key_i, key_j> / (|key_i| |key_j|)``.
+    """Return each source token's target of highest cosine similarity: ``max_j <key_i, key_j> / (|key_i| |key_j|)``.
 
     The bipartite matching of ToMe (arXiv 2210.09461, section 3), the contextual tokens of VisionZip (arXiv 2412.04467),
     the nearest kept entry of LOOK-M (arXiv 2406.18139). For :func:`merge_tokens`. No matrix of all pairs is stored; a
-    GPU holds a copy of the keys of targets and sources. Neither the host nor another stream is waited for, and a CUDA
-    graph may capture it. No gradient.
+    GPU holds a copy of the keys of targets and sources. No host-device synchronisation: a CUDA graph may capture it. No
+    gradient.
 
     Parameters
     ----------
-    key : [B, T, d], fp32/fp16/bf16
-        What is compared: keys, or their mean over heads, or hidden states. Any strides; a last dimension that is not
+    key : Tensor [B, T, d], fp32/fp16/bf16
+        Features to compare: keys, or their mean over heads, or hidden states. Any strides; a last dimension that is not
         contiguous is copied.
-    target : [B, T], bool
-        Tokens that may be matched.
-    source : [B, T], bool, optional
-        Tokens that look for a target; by default all that are none. A token may be both: it does not match itself.
+    target : Tensor [B, T], bool
+        True for tokens that may be matched.
+    source : Tensor [B, T], bool, optional
+        True for tokens to find a match for; by default all others. A token may be both: it does not match itself.
 
     Returns
     -------
-    similarity : [B, T], fp32
+    similarity : Tensor [B, T], fp32
         Of the match; -inf where there is none. Products and squared lengths are fp32: a vector of length 0, or of one
         whose square is 0 in fp32, has a similarity of 0 with every other. It may exceed 1 by its rounding.
-    match : [B, T], int64
+    match : Tensor [B, T], int64
         The target's position; ties go to the lower. -1 for a token that is no source, or that has no target but itself.
         A NaN similarity is none, so a key with a NaN or an infinity in it, or whose squared length is infinite in fp32,
         neither matches nor is matched.
 
-    A sample's results are the same bits on every run and thread count, whatever else is in the batch and however many
-    other tokens there are beside its sources and targets.
+    A sample's results are bitwise reproducible on every run and thread count, whatever else is in the batch and however
+    many other tokens there are beside its sources and targets.
 
     Raises
     ------
@@ -305,7 +305,7 @@ def _merged(
 
 
 def _check_merge(index: Tensor, size: Tensor | None, tokens: int) -> None:
-    """On the host, as :func:`_check_index`."""
+    """Raise ValueError for values out of range on a CPU, as :func:`_check_index`."""
     _check_index(index, tokens)
     if index.device.type != "cpu" or index.numel() == 0:
         return
@@ -358,10 +358,10 @@ def _keep_for_shares(ctx: Any, inputs: Any, output: tuple[list[Tensor], Tensor])
 def _share_out(
     ctx: Any, grads: Sequence[Tensor | None], _: Tensor | None
 ) -> tuple[None, None, list[Tensor | None], None, None]:
-    """Of each mean's gradient, to each token in it its share of the size; those of a shared batch are summed."""
+    """Scatter each mean's gradient to its tokens in proportion to their size; those of a shared batch are summed."""
     index, match, total, *sizes = ctx.saved_tensors
     keep, tokens = index.shape[1], match.shape[1]
-    if keep == 0:  # nothing to share out, and nowhere to gather it from
+    if keep == 0:  # an empty gradient cannot be gathered from
         nothing = [
             None if grad is None or full is None else grad.new_zeros(full)
             for grad, full in zip(grads, ctx.shapes, strict=True)
@@ -369,7 +369,7 @@ def _share_out(
         return None, None, nothing, None, None
     kept = torch.full_like(match, -1).scatter_(1, index, torch.arange(keep, device=index.device).expand_as(index))
     goal = torch.where((match >= 0) & (match < tokens), kept.gather(1, match.clamp(0, tokens - 1)), -1)
-    goal = torch.where(kept >= 0, kept, goal)  # [B, T]: what a token is part of, or -1
+    goal = torch.where(kept >= 0, kept, goal)  # [B, T]: index of the mean that a token is part of, or -1
     whole = total.gather(1, goal.clamp(min=0))
     part = sizes[0] if sizes else torch.ones_like(whole)
     share = torch.where(whole > 0, part / whole, 1.0).masked_fill(goal < 0, 0)
@@ -395,37 +395,36 @@ def merge_tokens(
     size: Tensor | None = None,
     dims: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Each tensor with the tokens of ``index`` only, each the mean, by size, of itself and of what merges into it.
+    """Average each kept token of ``index`` with the dropped tokens matched to it, weighted by size, in each tensor.
 
     ``size'_k = sum_t size_t`` and ``out_k = sum_t size_t x_t / size'_k``, over the kept token itself and the dropped
     ones of which ``match`` is its position: ToMe's merging (arXiv 2210.09461, section 3), and, with the rows of a KV
-    cache as the batch, LOOK-M's (arXiv 2406.18139). Neither the host nor another stream is waited for, and a CUDA graph
-    may capture it. Differentiable in the tensors that are, not in ``size``.
+    cache as the batch, LOOK-M's (arXiv 2406.18139). No host-device synchronisation: a CUDA graph may capture it.
+    Differentiable in ``tensors``, not in ``size``.
 
     Parameters
     ----------
-    index : [B, K], int64
-        Positions to keep, ascending, as :func:`select_tokens` gives them. Not looked at by the host if on a GPU: there
-        a position out of range ends in a CUDA error, and of a repeated one it is not said which is merged into.
-    match : [B, T], int64
-        For each token that is not in ``index`` the position, in ``index``, that it merges into, as
-        :func:`match_tokens` gives it. Of a token with any other number, -1 for one, nothing remains. Not looked at for
-        the tokens of ``index``.
-    tensors : sequence of [B, .., T, ..] or [1, .., T, ..], fp32/fp16/bf16
+    index : Tensor [B, K], int64
+        Positions to keep, ascending, as :func:`select_tokens` gives them. Not read by the host if on a GPU: there a
+        position out of range ends in a CUDA error, and of a repeated one it is undefined which is merged into.
+    match : Tensor [B, T], int64
+        For each token that is not in ``index`` the position, in ``index``, that it merges into, as :func:`match_tokens`
+        gives it. A token with any other number, such as -1, is discarded. Not read for the tokens of ``index``.
+    tensors : sequence of Tensor [B, .., T, ..] or [1, .., T, ..], fp32/fp16/bf16
         As in :func:`compact_tokens`, each of its own dtype and shape. A batch of 1 is shared by all rows.
-    size : [B, T], fp32, optional
-        How many tokens each stands for, finite and >= 0, which is checked on a CPU only; all 1 by default. A token of
-        size 0 gives nothing.
+    size : Tensor [B, T], fp32, optional
+        How many tokens each represents, finite and >= 0, which is checked on a CPU only; all 1 by default. A token of
+        size 0 contributes nothing.
     dims : sequence of int, optional
         As in :func:`compact_tokens`.
 
     Returns
     -------
-    out : list of [B, .., K, ..], contiguous
+    out : list of Tensor [B, .., K, ..], contiguous
         Sums are fp32, of the token itself and then of the others in ascending order; products, sums and the quotient
-        are rounded one by one, then to the dtype: the same bits on every run, thread count and device. A token that is
-        given nothing stays as it is, bit for bit.
-    size : [B, K], fp32
+        are rounded one by one, then to the dtype: bitwise reproducible on every run, thread count and device. A token
+        that nothing merges into is copied bit for bit.
+    size : Tensor [B, K], fp32
         For the next merge.
 
     Raises

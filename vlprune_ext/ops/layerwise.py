@@ -1,6 +1,6 @@
-"""Ops for layer-wise pruning: which weights matter least, and what if a weight were a little different?
+"""Ops for layer-wise pruning: Wanda statistics, selection of the least scores, zeroth-order perturbation.
 
-For each op: the schema, one function that checks the arguments and allocates the output (it is the fake, too), the
+For each op: the schema, one function that checks the arguments and allocates the output (also the fake kernel), the
 implementation, and the public function. A *score* is fp32 ``|w| * scale``.
 """
 
@@ -35,8 +35,8 @@ _library.define("perturb(Tensor weight, int seed, int tensor_id, float eps) -> (
 
 SCOPES = ("row", "matrix")
 _WIDEST_GROUP = 4096  # m of n:m
-_EPS = (1e-30, 1e30)  # what fp32 holds with room to spare
-_DIGITS = (11, 10, 10)  # bits of a score's key that each histogram finds, from the top; the sign is none of them
+_EPS = (1e-30, 1e30)  # well within the range of fp32
+_DIGITS = (11, 10, 10)  # radix select: bits of a score's sort key per histogram, from the top, without the sign
 
 
 # ---- column_norm_sq_ ------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def _check_float32(name: str, vector: Tensor, beside: Tensor, size: int, what: s
 
 
 def _written(tensor: Tensor) -> None:
-    """Let autograd know that a tensor has changed, so that a graph which kept it refuses to run backwards."""
+    """Increment a tensor's autograd version, so that a graph which saved it refuses to run backwards."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensor)
 
@@ -81,15 +81,15 @@ def _column_norm_sq(acc: Tensor, x: Tensor, token_weight: Tensor | None = None) 
 def column_norm_sq_(acc: Tensor, x: Tensor, token_weight: Tensor | None = None) -> Tensor:
     """Add the squared norms of the columns of ``x`` to ``acc``, in place: ``acc_j += sum_n w_n x_nj^2``.
 
-    The statistic of Wanda (arXiv 2306.11695, eq. 1) and, with tokens weighing, of CoMP (arXiv 2604.02956, eq. 4).
+    The statistic of Wanda (arXiv 2306.11695, eq. 1) and, weighted by token, of CoMP (arXiv 2604.02956, eq. 4).
 
     Parameters
     ----------
-    acc : [in], fp32
-        What there was so far; contiguous. Returned.
-    x : [N, in], fp32/fp16/bf16
-        The input of a linear layer, one row a token.
-    token_weight : [N], fp32, optional
+    acc : Tensor [in], fp32
+        Running sums; contiguous. Returned.
+    x : Tensor [N, in], fp32/fp16/bf16
+        Input of a linear layer, one row a token.
+    token_weight : Tensor [N], fp32, optional
         w; 0 leaves a row out, as padding should be, unless it holds an infinity or a NaN. All 1 by default.
 
     Raises
@@ -126,7 +126,7 @@ def _check_weight(weight: Tensor, column_scale: Tensor | None) -> None:
 
 
 def _check_no_overlap(weight: Tensor) -> None:
-    """What is written in place may lie in no two rows."""
+    """Raise ValueError if rows overlap in memory, so that they cannot be written in place."""
     if weight.shape[0] > 1 and weight.stride(1) == 1 and weight.stride(0) < weight.shape[1]:
         raise ValueError(f"weight has rows {weight.stride(0)} apart and {weight.shape[1]} wide; expected no overlap")
 
@@ -171,7 +171,7 @@ def _smallest_mask(weight: Tensor, column_scale: Tensor | None, k: int, scope: s
 
 
 def _smallest_of_rows(weights: Sequence[Tensor], scales: Sequence[Tensor | None], k: int) -> list[Tensor]:
-    """[out] int64 for each weight: how many of the k least scores of all of them lie in each row. No host sync."""
+    """Count the k least scores of all weights in each row, [out] int64 for each weight, without a host sync."""
     if k == sum(weight.numel() for weight in weights):
         return [weight.new_full(weight.shape[:1], weight.shape[1], dtype=torch.int64) for weight in weights]
     device = weights[0].device
@@ -187,7 +187,7 @@ def _smallest_of_rows(weights: Sequence[Tensor], scales: Sequence[Tensor | None]
         digit = (below[1:] <= left).sum(0, keepdim=True)
         left = left - below[digit]
         prefix = (prefix << bits) + digit
-    # What equals the k-th score goes in the order of the weights and of their rows.
+    # Ties with the k-th score are taken in the order of the weights and of their rows.
     result = []
     for weight, scale in zip(weights, scales, strict=True):
         below = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
@@ -201,7 +201,7 @@ def _smallest_of_rows(weights: Sequence[Tensor], scales: Sequence[Tensor | None]
 
 
 def _check_scores(weight: Tensor, column_scale: Tensor | None) -> None:
-    """A score that is NaN has no order. Looks at the data (on CUDA: a synchronisation)."""
+    """Raise ValueError for a NaN score, which has no order, or a bad scale; reads the data (synchronises on CUDA)."""
     if not weight.numel() or not may_read(weight):
         return
     if column_scale is not None:
@@ -231,13 +231,14 @@ def prune_smallest_(weight: Tensor, column_scale: Tensor | None, k: int, *, scop
 
     Parameters
     ----------
-    weight : [out, in], fp32/fp16/bf16
+    weight : Tensor [out, in], fp32/fp16/bf16
         Written in place and returned; a pruned weight becomes +0.
-    column_scale : [in], fp32, or None
+    column_scale : Tensor [in], fp32, or None
         ``||X_j||_2`` for Wanda (arXiv 2306.11695, eq. 1); None for magnitude.
     k : int
         0 <= k <= in for ``scope="row"``, 0 <= k <= out * in for ``scope="matrix"``.
     scope : {"row", "matrix"}
+        Comparison group: each output row, or the matrix.
 
     Raises
     ------
@@ -245,8 +246,8 @@ def prune_smallest_(weight: Tensor, column_scale: Tensor | None, k: int, *, scop
         A dtype that is not supported.
     ValueError
         Shapes or devices that do not fit, k out of range, a scale that is negative or not finite, a score that is NaN.
-        The last two need a look at the data (on CUDA: a synchronisation); while a CUDA graph is captured or
-        torch.compile traces there is none: then a NaN is the largest score. The weight is as it was.
+        The last two read the data (on CUDA: a synchronisation). While a CUDA graph is captured or torch.compile traces
+        they are not checked: then a NaN is the largest score. The weight is unchanged.
     """
     expect_tensors(weight=weight)
     k = expect_int("k", k)
@@ -258,7 +259,7 @@ def prune_smallest_(weight: Tensor, column_scale: Tensor | None, k: int, *, scop
 
 
 def smallest_mask(weight: Tensor, column_scale: Tensor | None, k: int, *, scope: str = "row") -> Tensor:
-    """[out, in] bool: what :func:`prune_smallest_` would zero; the weight is not written. The same arguments."""
+    """Return the mask [out, in] bool of what :func:`prune_smallest_` would zero; same arguments, nothing written."""
     expect_tensors(weight=weight)
     k = expect_int("k", k)
     _check_smallest(weight, column_scale, k, scope)
@@ -275,20 +276,29 @@ torch.library.register_fake("vlprune::smallest_mask", _mask_of_smallest, lib=_li
 
 
 def share_smallest(weights: Sequence[Tensor], column_scales: Sequence[Tensor | None], k: int) -> list[int]:
-    """How many of the ``k`` least scores of several matrices lie in each: the exact k-th value, nothing concatenated.
+    """Count how many of the ``k`` least scores of several matrices lie in each, by the exact k-th value.
 
-    ``prune_smallest_(weight, scale, share, scope="matrix")`` with each share then zeroes what one stable sort of all
-    scores, matrix after matrix, puts first. Memory beyond the weights: two numbers a row and a few histograms.
+    ``prune_smallest_(weight, scale, share, scope="matrix")`` with each count then zeroes what one stable sort of all
+    scores, matrix after matrix, puts first. Nothing is concatenated; memory beyond the weights is two numbers a row and
+    a few histograms.
 
     Parameters
     ----------
-    weights : n of [out, in], fp32/fp16/bf16
+    weights : sequence of n Tensor [out, in], fp32/fp16/bf16
         On any devices.
-    column_scales : n of [in] fp32 or None
+    column_scales : sequence of n Tensor [in], fp32, or None
+        As in :func:`prune_smallest_`.
     k : int
         0 <= k <= entries of all weights.
 
-    Raises as :func:`prune_smallest_`.
+    Returns
+    -------
+    list of n int
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`prune_smallest_`.
     """
     k = expect_int("k", k)
     if not weights or len(weights) != len(column_scales):
@@ -338,18 +348,21 @@ def _nm_mask(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> Ten
 def prune_nm_(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> Tensor:
     """Zero the ``n`` weights of least ``|w| * scale`` in every ``m`` consecutive ones of a row, in place.
 
-    2:4 is what NVIDIA's sparse tensor cores take. Ties go to the lower index.
+    2:4 is the pattern of NVIDIA's sparse tensor cores. Ties go to the lower index.
 
     Parameters
     ----------
-    weight : [out, in], fp32/fp16/bf16
+    weight : Tensor [out, in], fp32/fp16/bf16
         m divides in. Written in place and returned; a pruned weight becomes +0.
-    column_scale : [in], fp32, or None
+    column_scale : Tensor [in], fp32, or None
         ``||X_j||_2`` for Wanda; None for magnitude.
     n, m : int
         0 < n < m <= 4096.
 
-    Raises as :func:`prune_smallest_`.
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`prune_smallest_`.
     """
     expect_tensors(weight=weight)
     n, m = expect_int("n", n), expect_int("m", m)
@@ -361,7 +374,7 @@ def prune_nm_(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> Te
 
 
 def nm_mask(weight: Tensor, column_scale: Tensor | None, n: int, m: int) -> Tensor:
-    """[out, in] bool: what :func:`prune_nm_` would zero; the weight is not written. The same arguments."""
+    """Return the mask [out, in] bool of what :func:`prune_nm_` would zero; same arguments, nothing written."""
     expect_tensors(weight=weight)
     n, m = expect_int("n", n), expect_int("m", m)
     _check_nm(weight, column_scale, n, m)
@@ -398,15 +411,16 @@ def _perturb(weight: Tensor, seed: int, tensor_id: int, eps: float) -> tuple[Ten
 
 
 def perturb(weight: Tensor, seed: int, tensor_id: int, eps: float) -> tuple[Tensor, Tensor]:
-    """``(weight + eps z, weight - eps z)`` with z ~ N(0, 1): both ends of a zeroth-order difference (ECoFLaP).
+    """Return ``(weight + eps z, weight - eps z)``, z ~ N(0, 1): both ends of a zeroth-order difference (ECoFLaP).
 
     z is a function of (seed, tensor_id, position in the flattened weight): Philox4x32-10 and Box-Muller, the same bits
     on every device, instruction set and thread count. Sampled, scaled and added in fp32, rounded once. The weight is
-    not written, so nothing drifts (arXiv 2310.02998's code perturbs in place).
+    not written, so no rounding error accumulates (arXiv 2310.02998's code perturbs in place).
 
     Parameters
     ----------
-    weight : any shape, fp32/fp16/bf16
+    weight : Tensor, any shape, fp32/fp16/bf16
+        Not written.
     seed, tensor_id : int
         0 <= both < 2**63. Another tensor_id, an independent stream.
     eps : float

@@ -1,6 +1,6 @@
-"""Ops that choose which tokens stay.
+"""Ops that select the tokens to keep: by score, or by diversity.
 
-For each op: the schema, one function that checks the arguments and allocates the output (it is the fake, too), the
+For each op: the schema, one function that checks the arguments and allocates the output (also the fake kernel), the
 implementation, and the public function.
 """
 
@@ -18,7 +18,7 @@ _library = torch.library.Library("vlprune", "FRAGMENT")
 _library.define("select_tokens(Tensor score, SymInt keep, Tensor? protected=None) -> Tensor")
 _library.define("diverse_tokens(Tensor x, SymInt keep, Tensor? keep_of_sample=None, Tensor? candidate=None) -> Tensor")
 
-_GRAM_BYTES = 256 << 20  # of some samples at a time, or of one that is larger
+_GRAM_BYTES = 256 << 20  # Gram matrices held at a time; one sample's may be larger
 
 
 # ---- select_tokens ---------------------------------------------------------------------------------------------------
@@ -53,24 +53,24 @@ def _select_tokens(score: Tensor, keep: int, protected: Tensor | None = None) ->
 
 
 def select_tokens(score: Tensor, keep: int, protected: Tensor | None = None) -> Tensor:
-    """The ``keep`` tokens of highest score of each row, as ascending positions.
+    """Return the positions of the ``keep`` tokens of highest score of each row, ascending.
 
-    Exactly those that a stable sort puts first: ties go to the lower position, whatever the other rows hold. Neither
-    the host nor another stream is waited for, and a CUDA graph may capture it.
+    Exactly those that a stable sort puts first: ties go to the lower position, whatever the other rows hold. No
+    host-device synchronisation: a CUDA graph may capture it.
 
     Parameters
     ----------
-    score : [B, T], fp32/fp16/bf16
-        The higher, the longer a token stays. -0 equals +0; a NaN ranks below everything, -inf included.
+    score : Tensor [B, T], fp32/fp16/bf16
+        The highest are kept. -0 equals +0; a NaN ranks below everything, -inf included.
     keep : int
         K, 0 < keep <= T.
-    protected : [B, T], bool, optional
-        These come before all others, whatever their scores. Where they are more than ``keep``, those of highest score
-        among them stay.
+    protected : Tensor [B, T], bool, optional
+        True for tokens that rank above all others, whatever their scores. If they are more than ``keep``, those of
+        highest score among them are kept.
 
     Returns
     -------
-    [B, K], int64
+    Tensor [B, K], int64
         For :func:`compact_tokens`.
 
     Raises
@@ -117,7 +117,7 @@ def _diverse(
 
 
 def _check_keep(keep_of_sample: Tensor) -> None:
-    """On the host, where looking costs next to nothing."""
+    """Raise ValueError for a negative count, on the host only, where reading is cheap."""
     if keep_of_sample.device.type != "cpu" or bool((keep_of_sample >= 0).all()):
         return
     sample = int((keep_of_sample < 0).nonzero()[0])
@@ -153,27 +153,27 @@ def _diverse_tokens(
 
 
 def diverse_tokens(x: Tensor, keep: int | Tensor, *, candidate: Tensor | None = None) -> Tensor:
-    """The tokens that the greedy max-min choice by cosine distance keeps of each sample (DivPrune, arXiv 2503.02175).
+    """Return the mask of tokens kept by greedy max-min selection on cosine distance (DivPrune, arXiv 2503.02175).
 
     The first is the candidate whose least distance to another candidate is greatest; each next one is the candidate
-    whose least distance to those kept so far is greatest. Ties go to the lower position. Neither the host nor another
-    stream is waited for, and a CUDA graph may capture it. No gradient.
+    whose least distance to those kept so far is greatest. Ties go to the lower position. No host-device
+    synchronisation: a CUDA graph may capture it. No gradient.
 
     Parameters
     ----------
-    x : [B, T, d], fp32/fp16/bf16
-        What tokens are compared by. Any strides; a last dimension that is not contiguous is copied.
-    keep : int, or [B], int64
+    x : Tensor [B, T, d], fp32/fp16/bf16
+        Features to compare. Any strides; a last dimension that is not contiguous is copied.
+    keep : int, or Tensor [B], int64
         How many, of every sample or of each; at least 0. A sample with fewer candidates keeps them all. A tensor on a
-        GPU is not looked at by the host: there less than 0 keeps none.
-    candidate : [B, T], bool, optional
-        True for the tokens that may be kept; all by default. No others are compared with.
+        GPU is not read by the host: there less than 0 keeps none.
+    candidate : Tensor [B, T], bool, optional
+        True for the tokens that may be kept; all by default. Distances to others are ignored.
 
     Returns
     -------
-    [B, T], bool
-        True for what is kept. The same bits on every run and thread count, whatever else is in the batch, and wherever
-        tokens that are no candidates lie between.
+    Tensor [B, T], bool
+        True for kept tokens. Bitwise reproducible on every run and thread count, whatever else is in the batch, and
+        wherever tokens that are no candidates lie between.
 
     Raises
     ------
@@ -185,8 +185,8 @@ def diverse_tokens(x: Tensor, keep: int | Tensor, *, candidate: Tensor | None = 
     Notes
     -----
     Products and squares are summed in fp32. A token whose squares sum to less than 2**-126 has distance 1 to every
-    other. One with a NaN, or whose squares sum to 2**126 or more, has no direction: it is compared with none and comes
-    after all others, by position. Memory beyond the result is 4 T**2 bytes a sample, for as many samples at a time as
+    other. One with a NaN, or whose squares sum to 2**126 or more, has no direction: it is compared with none and ranks
+    behind all others, by position. Memory beyond the result is 4 T**2 bytes a sample, for as many samples at a time as
     256 MB hold.
     """
     expect_tensors(x=x)
