@@ -324,6 +324,7 @@ class Block:
 
     @property
     def params(self) -> int:
+        """Number of the block's parameters."""
         return sum(p.numel() for p in self.module.parameters())
 
 
@@ -333,6 +334,7 @@ def resolve(root: nn.Module, path: str) -> nn.Module:
 
 
 def _linear(root: nn.Module, path: str) -> nn.Linear:
+    """Return the linear layer at a dotted path."""
     return cast(nn.Linear, resolve(root, path))
 
 

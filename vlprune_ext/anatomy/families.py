@@ -65,22 +65,27 @@ class Family:
 
 
 def _image_features(model, inputs):
+    """Return the image embeddings [B, E] of CLIP and SigLIP."""
     return model.get_image_features(**inputs).pooler_output
 
 
 def _text_features(model, inputs):
+    """Return the text embeddings [B, E] of CLIP and SigLIP."""
     return model.get_text_features(**inputs).pooler_output
 
 
 def _blip_image_features(model, inputs):
+    """Return the projected class token [B, E] of BLIP's vision tower."""
     return model.vision_proj(model.vision_model(**inputs).last_hidden_state[:, 0])
 
 
 def _blip_text_features(model, inputs):
+    """Return the projected class token [B, E] of BLIP's text encoder, without cross-attention."""
     return model.text_proj(model.text_encoder(**inputs).last_hidden_state[:, 0])
 
 
 def _pooled(model, inputs):
+    """Return the pooled output [B, E] of a vision-only model."""
     return model(**inputs).pooler_output
 
 
@@ -90,15 +95,18 @@ def _stack(*roots: str) -> tuple[str, ...]:
 
 
 def _vision(*roots: str, config: str = "vision_config", **fields) -> TowerPaths:
+    """Return the paths of a vision tower below any of these roots."""
     before = tuple(f"{root}{name}" for root in roots for name in ("embeddings", "pre_layrnorm"))
     return TowerPaths(_stack(*roots), config, before=before, **fields)
 
 
 def _text(*roots: str, config: str = "text_config", **fields) -> TowerPaths:
+    """Return the paths of a text tower below any of these roots."""
     return TowerPaths(_stack(*roots), config, before=tuple(f"{root}embeddings" for root in roots), **fields)
 
 
 def _t5(root: str, config: str, before: tuple[str, ...] = ()) -> dict[str, TowerPaths]:
+    """Return the paths of a T5's encoder and decoder."""
     return {
         "encoder": TowerPaths((f"{root}encoder.block",), config, before=before),
         "decoder": TowerPaths((f"{root}decoder.block",), config, before=before, beside=(f"{root}encoder",)),

@@ -39,6 +39,7 @@ class Anatomy:
 
     @cached_property
     def towers(self) -> dict[str, Tower]:
+        """Towers by name, in the order in which they run."""
         return {name: bind_tower(self.model, name, paths) for name, paths in self.family.towers.items()}
 
     @property
@@ -48,14 +49,17 @@ class Anatomy:
 
     @property
     def head(self) -> nn.Module | None:
+        """The module that maps hidden states to logits, or None."""
         return resolve(self.model, self.family.head) if self.family.head else None
 
     @property
     def device(self) -> torch.device:
+        """Device of the model's parameters."""
         return next(self.model.parameters()).device
 
     @property
     def text_config(self) -> TextConfig:
+        """Config of the language model."""
         config: Any = self.model.config
         return config.get_text_config()
 

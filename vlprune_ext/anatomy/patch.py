@@ -41,7 +41,7 @@ class Patches:
         self._undo.append(module.register_forward_hook(hook, **kwargs).remove)
 
     def attribute(self, owner: object, name: str, value: object) -> None:
-        """Set an attribute."""
+        """Set ``owner.name`` to ``value``."""
         before = getattr(owner, name)
         setattr(owner, name, value)
         self._undo.append(lambda: setattr(owner, name, before))

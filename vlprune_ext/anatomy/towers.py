@@ -111,6 +111,7 @@ class Tower:
         return None
 
     def _eot_row(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the position [B] int64 of the end-of-text token."""
         return _eot_position(inputs["input_ids"], self.config.eos_token_id)
 
     def taps(self) -> frozenset[int]:

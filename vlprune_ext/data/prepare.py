@@ -99,6 +99,7 @@ class Preparer:
         self.full_length = str(kind).lower().startswith("siglip")
 
     def _taken(self, key: str) -> bool:
+        """Return whether the model's forward takes an input; without a model, any."""
         return self.accepts is None or key in self.accepts
 
     def __call__(self, name: str, split: str, records: Sequence[Record], prompts: Prompts | None) -> Data:
@@ -136,6 +137,7 @@ class Preparer:
         return Data(name, split, images, rows, torch.tensor(owner), classes, labels)
 
     def _images(self, records: Sequence[Record]) -> dict[str, Tensor]:
+        """Preprocess the images of all records, a chunk at a time."""
         outputs = []
         for chunk in _chunks(records):
             output = self.image_processor(images=[record.open() for record in chunk], return_tensors="pt")
@@ -149,6 +151,7 @@ class Preparer:
     def _texts(
         self, texts: Sequence[str], scored: bool = False, questions: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
+        """Tokenize texts, or the questions that they answer, and pad them to [T, S]; with labels if ``scored``."""
         limits = self._limits()
         if self.full_length:
             limits["padding"] = "max_length"
@@ -192,6 +195,7 @@ class Preparer:
         return _concatenated(images, len(records)), self._padded(rows, scored=True)
 
     def _is_input(self, key: str, value: Any = None) -> bool:
+        """Return whether a processor output is an input of the model."""
         always = key in ("input_ids", "attention_mask", "pixel_values")
         return (always or self._taken(key)) and (value is None or isinstance(value, Tensor))
 
@@ -253,6 +257,7 @@ def _find_processor(model: Any, fallback: Path | None) -> Any:
 
 
 def _chunks(records: Sequence[Record]) -> Iterable[Sequence[Record]]:
+    """Split records into chunks for the processor."""
     return (records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK))
 
 

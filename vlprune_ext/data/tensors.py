@@ -222,9 +222,11 @@ class Data:
         )
 
     def _image_rows(self, value: Tensor, index: Tensor) -> Tensor:
+        """Gather the rows of some images; each owns the same number of consecutive rows."""
         each = len(value) // self.n_images
         return value[index] if each == 1 else value.unflatten(0, (self.n_images, each))[index].flatten(0, 1)
 
 
 def _moved(tensors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Move all tensors to a device."""
     return {key: value.to(device) for key, value in tensors.items()}

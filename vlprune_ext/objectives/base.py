@@ -88,7 +88,22 @@ class Objective(ABC):
 
     @abstractmethod
     def outputs(self, anatomy: Anatomy, tower: str, inputs: Inputs) -> Tensor:
-        """Return what `values` needs of each row, [B, ...], from the model's forward on a batch."""
+        """Return what `values` needs of each row, from the model's forward on a batch.
+
+        Parameters
+        ----------
+        anatomy : Anatomy
+            The model.
+        tower : str
+            The tower that is run.
+        inputs : dict of Tensor
+            One of `batches`, of B rows.
+
+        Returns
+        -------
+        Tensor [B, ...]
+            For instance embeddings or losses.
+        """
 
     @abstractmethod
     def values(
@@ -147,12 +162,39 @@ class Objective(ABC):
         """
 
     def other(self, anatomy: Anatomy, tower: str, data: Data, batch_size: int) -> Tensor | None:
-        """Return what `values` needs of the towers that are not run, such as the other tower's embeddings."""
+        """Return what `values` needs of the towers that are not run, such as the other tower's embeddings.
+
+        Parameters
+        ----------
+        anatomy : Anatomy
+            The model.
+        tower : str
+            The tower that is run.
+        data : Data
+            All samples.
+        batch_size : int
+            Rows of a batch.
+        """
         return None
 
     @abstractmethod
     def report(self, anatomy: Anatomy, data: Data, batch_size: int) -> dict[str, float]:
-        """Return the metrics of a model on data, name -> value."""
+        """Return the metrics of a model on data.
+
+        Parameters
+        ----------
+        anatomy : Anatomy
+            The model.
+        data : Data
+            All samples.
+        batch_size : int
+            Rows of a batch.
+
+        Returns
+        -------
+        dict of float
+            Metric name -> value.
+        """
 
     def runner(self, anatomy: Anatomy, tower: str) -> Callable[[nn.Module, Inputs], Tensor]:
         """Return `outputs` as the ``run_model`` of `replay.Replay`."""

@@ -23,6 +23,7 @@ class LMLoss(Objective):
     whole_runs = True
 
     def _head(self, anatomy: Anatomy) -> nn.Module:
+        """Return the language-model head; raise ValueError for a model without one."""
         if anatomy.head is None:
             raise ValueError(
                 f"objective: {self.name!r} needs a model that predicts tokens, {type(anatomy.model).__name__} does not"
@@ -156,6 +157,7 @@ class Generated(ExactMatch):
 
     @staticmethod
     def _pad(anatomy: Anatomy) -> int:
+        """Return the id that pads generated answers: the pad token, or EOS."""
         config = anatomy.text_config
         return config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
 

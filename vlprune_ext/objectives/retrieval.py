@@ -62,6 +62,7 @@ class _DualEncoder(Objective):
         return ("vision", "text")
 
     def _texts(self, data: Data) -> Inputs:
+        """Return the inputs of the text tower, without labels; raise ValueError if the data has none."""
         if not data.texts:
             raise ValueError(f"data: {data.name} has no texts, objective {self.name!r} needs them")
         return {name: value for name, value in data.texts.items() if name != "labels"}
@@ -97,6 +98,7 @@ class _DualEncoder(Objective):
 
     @torch.no_grad()
     def _embeddings(self, anatomy: Anatomy, data: Data, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of all images [I, E] and of all texts [T, E]."""
         self.towers(anatomy)
         with evaluation_mode(anatomy.model):
             image, text = (self.run(anatomy, tower, data, batch_size) for tower in ("vision", "text"))
@@ -261,6 +263,7 @@ class ZeroShot(_DualEncoder):
         return data.classes, data.labels
 
     def _texts(self, data: Data) -> Inputs:
+        """Return the class prompts as inputs of the text tower."""
         return self._classes(data)[0].texts
 
     def sample_of_row(self, tower: str, data: Data) -> Tensor | None:

@@ -101,6 +101,7 @@ class Plan:
 
     @staticmethod
     def _check_tokens(actual: dict, tower: str, schedule: dict) -> None:
+        """Raise ValueError unless a tower's token schedule is well-formed."""
         if tower not in actual:
             raise ValueError(f"plan: tokens of tower {tower!r}; the model's towers are {', '.join(actual)}")
         blocks = len(actual[tower])
@@ -119,6 +120,7 @@ class Plan:
 
     @staticmethod
     def _check_units(actual: dict, tower: str, kind: str, layer: int, units: list[int]) -> None:
+        """Raise ValueError unless the removed units of a site exist and are distinct."""
         blocks = actual.get(tower)
         if blocks is None or not 0 <= layer < len(blocks) or kind not in blocks[layer]:
             raise ValueError(f"plan: {kind} of {tower}.{layer}: the model has no such site")

@@ -162,6 +162,7 @@ class Scores:
         return pairs
 
     def _rows(self) -> Iterator[dict]:
+        """Yield one flat dict per module, as written to files."""
         for i, module in enumerate(self.modules):
             numbers = {name: getattr(self, name)[i].item() for name in ("value", "error", "count", "cost")}
             names = {"parameter": self.parameters[i]} if self.parameters else {}
@@ -205,6 +206,7 @@ class Scores:
 
     @classmethod
     def _from_dict(cls, content: dict) -> Scores:
+        """Return the scores of JSON content."""
         rows = content["modules"]
         return cls(
             modules=[Module(r["tower"], r["kind"], int(r["layer"]), int(r["index"])) for r in rows],

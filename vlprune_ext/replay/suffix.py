@@ -108,6 +108,7 @@ class Batch:
 
     @property
     def size(self) -> int:
+        """Number of rows B."""
         return self.rows.stop - self.rows.start
 
 

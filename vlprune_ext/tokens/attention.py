@@ -147,7 +147,7 @@ def weigh(patches: Patches, site: Site, weight: Callable[[], Tensor | None], wat
             times = weight()
             if times is not None:
                 if "flash" in attention.config._attn_implementation:
-                    raise ValueError('attention weighs its tokens; expected a model with attn_implementation="sdpa"')
+                    raise ValueError('token weights need an additive mask; expected attn_implementation="sdpa"')
                 mask = _heavier(mask, times, query, causal)
             if watcher is None:
                 return attend(query, key, value, mask)
@@ -215,6 +215,7 @@ class _KeepLse(TorchFunctionMode):
     def _attend(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
     ) -> Tensor:
+        """Run scaled dot-product attention, by the flash kernel's own op if torch would choose that kernel."""
         given: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         self.lse = None
         if query.device.type == "cpu" and not enable_gqa and not torch.is_autocast_enabled("cpu"):

@@ -54,7 +54,7 @@ def check_start(method: EvictTokens, depth: int) -> int:
     start = method.starts(depth)
     if not 0 <= start < depth:
         raise ValueError(
-            f"{method.name}: it skips {start} blocks; expected 0 <= skip < {depth}, those of the language model"
+            f"{method.name}: skip is {start}; expected 0 <= skip < {depth}, the blocks of the language model"
         )
     return start
 

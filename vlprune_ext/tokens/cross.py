@@ -61,6 +61,7 @@ class CrossStream:
                 attention.watch(patches, site, self._watcher(layer))
 
     def _begin(self, reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Read the visual tokens and the question of a batch from the reader's arguments."""
         self.received.clear()
         self.index = None
         check_runs_once(self.method.name, self.tower.container)
@@ -83,6 +84,8 @@ class CrossStream:
         return (torch.arange(states.shape[1], device=states.device) >= self.cls).expand(states.shape[:2])
 
     def _enter_hook(self, layer: int):
+        """Return a pre-hook that drops tokens at a stage and passes the kept states to the block."""
+
         def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             if layer in self.stages:
                 self._drop(layer)
@@ -124,6 +127,8 @@ class CrossStream:
         self.pruning.note(layer, self.index, torch.ones_like(self.index, dtype=torch.bool))
 
     def _watcher(self, layer: int):
+        """Return a watcher that records for ``layer`` the attention that visual tokens receive from the question."""
+
         def look(query: Tensor, key: Tensor, scale: float) -> None:
             if self.asking is not None:
                 self.received[layer] = attention.from_rows(query, key, scale, query_weight=self.asking).sum(1)

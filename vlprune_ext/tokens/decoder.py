@@ -252,6 +252,7 @@ class DecoderStream:
         return hidden
 
     def _rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of the rotary embedding at new position ids [B, T]."""
         owner = self.tower.prefix.rpartition(".")[0]
         rotary: Any = self.anatomy.model.get_submodule(owner).rotary_emb
         return rotary(hidden, position_ids)
@@ -316,6 +317,8 @@ class DecoderStream:
         return look
 
     def _evict_hook(self, layer: int):
+        """Return a hook that replaces the block's KV-cache layer by a pruned one after the prefill."""
+
         def evict(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             prompt, method = self.prompt, self.method
             cache = kwargs.get("past_key_values")

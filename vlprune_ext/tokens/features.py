@@ -43,6 +43,7 @@ class FeatureTap:
         attention.watch(patches, self.site, self._look)
 
     def _look(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Record the class token's attention weights and the mean keys of the latest images."""
         self.attention = attention.from_rows(query[:, :, :1], key, scale).sum(1)
         self.keys = key.float().mean(1)
 
@@ -65,7 +66,7 @@ class FeatureTap:
         if given.shape != states.shape[:2]:
             raise ValueError(
                 f"{self.method.name}: {states.shape[1]} features of an image for {given.shape[1]} patches;"
-                " expected one of each"
+                " expected one feature per patch"
             )
         self.count = share(self.keep, states.shape[1])
         kept, states = self.method.summarise(

@@ -228,6 +228,8 @@ class TokenFlow:
         return self._mask_of(self._memory_of[reader])
 
     def _mask_of(self, tower: str) -> Callable[[], Tensor | None]:
+        """Return a function that gives the current token mask of a tower."""
+
         def mask() -> Tensor | None:
             tokens = self.state.get(tower)
             return None if tokens is None else tokens.mask
@@ -235,6 +237,7 @@ class TokenFlow:
         return mask
 
     def _set(self, tower: str, tokens: Tokens) -> None:
+        """Replace the tokens of a tower, without changing the state dict in place."""
         self.state = {**self.state, tower: tokens}
 
     # --- a batch begins ----------------------------------------------------------------------------------------------
@@ -269,6 +272,8 @@ class TokenFlow:
         return begin
 
     def _enter(self, tower: Tower, layer: int):
+        """Return a pre-hook that counts the tokens that enter a block."""
+
         def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             tokens = self.state.get(tower.name)
             if layer == 0:
@@ -299,6 +304,7 @@ class TokenFlow:
     # --- a block -----------------------------------------------------------------------------------------------------
 
     def _look(self, tower: Tower, layer: int):
+        """Return a watcher that computes token importance in a block."""
         causal = tower.causal
         # Prefix-LM and sliding-window masks are unknown to `importance_in`: their log-sum-exp runs over other keys.
         visual = self.anatomy.family.visual
@@ -323,6 +329,8 @@ class TokenFlow:
         return look
 
     def _leave(self, tower: Tower, layer: int):
+        """Return a hook that updates the token mask behind a block."""
+
         def leave(block: nn.Module, args: tuple, output: Any) -> None:
             importance = self._found.pop(tower.name, None)
             if importance is None:

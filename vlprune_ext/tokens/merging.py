@@ -79,8 +79,8 @@ class MergingTower:
                 )
         if "flash" in str(self.tower.config._attn_implementation):
             raise ValueError(
-                f"{method.name}: its attention weighs tokens by their size, which flash attention cannot; load the"
-                ' model with attn_implementation="sdpa"'
+                f"{method.name}: attention proportional to token size needs an additive mask, which flash attention"
+                ' does not take; load the model with attn_implementation="sdpa"'
             )
 
     def install(self, patches: Patches) -> None:
@@ -96,6 +96,7 @@ class MergingTower:
             patches.hook(block.module, self._sum, prepend=True)
 
     def _begin(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Start a batch of images at the first block."""
         hidden = args[0] if args else kwargs["hidden_states"]
         check_runs_once(self.method.name, self.tower.container)
         images, tokens = hidden.shape[:2]
@@ -110,6 +111,7 @@ class MergingTower:
         self.pruning.begin((places >= cls).expand(images, -1))
 
     def _note_keys(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Record the running block's keys, mean over heads."""
         assert self.images is not None
         self.images.keys = key.float().mean(1)
 
@@ -120,6 +122,8 @@ class MergingTower:
         return images.size if images.size.shape[1] < images.patches + self.tower.cls else None
 
     def _merge_hook(self, layer: int):
+        """Return a pre-hook of the MLP's norm that merges the block's tokens."""
+
         def merge(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             images = self.images
             assert images is not None
@@ -171,8 +175,8 @@ class MergingTower:
         places = images.places[:, self.tower.cls :] - self.tower.cls
         if places.shape[1] != states.shape[1]:
             raise ValueError(
-                f"{self.method.name}: {states.shape[1]} features of an image, {places.shape[1]} patches left; expected"
-                " one of each"
+                f"{self.method.name}: {states.shape[1]} features of an image for {places.shape[1]} kept patches;"
+                " expected one feature per patch"
             )
         if places.shape[1] == images.patches:  # a scattered copy's layout could change the projector's rounding
             return states

@@ -82,6 +82,7 @@ def _votes(anatomy: Anatomy, towers: Iterable[str]) -> dict[tuple[str, int], Ten
 
 
 def _threshold(schedule: Mapping[str, Any]) -> Threshold:
+    """Return the threshold of a plan's entry."""
     if "keep" in schedule:
         return Threshold(keep=tuple(schedule["keep"]))
     return Threshold(going=schedule["threshold"], gone=schedule["threshold"])
@@ -135,6 +136,8 @@ class TokenRemoval(TokenFlow):
         return lambda: self._read.get(reader)
 
     def _compact_memory(self, tower: str):
+        """Return a pre-hook that passes a reader only the kept states to cross-attend to."""
+
         def enter(owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             states, tokens = kwargs.get("encoder_hidden_states"), self.state.get(self._memory_of[tower])
             self._read[tower] = None
@@ -151,6 +154,7 @@ class TokenRemoval(TokenFlow):
     # --- a block -----------------------------------------------------------------------------------------------------
 
     def _enter(self, tower: Tower, layer: int):
+        """Return a pre-hook that counts tokens and removes masks of the full sequence from the block's arguments."""
         count = super()._enter(tower, layer)
 
         def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -169,6 +173,7 @@ class TokenRemoval(TokenFlow):
         return enter
 
     def _leave(self, tower: Tower, layer: int):
+        """Return a hook that drops the tokens pruned in the block, and scatters back behind the last one."""
         leave = super()._leave(tower, layer)
 
         def take_out(block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -218,6 +223,7 @@ def _whole(tokens: Tokens, output: Tensor) -> Tensor:
 
 
 def _pass_by(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+    """Return the hidden states unchanged, in place of a block's forward."""
     return hidden_states
 
 

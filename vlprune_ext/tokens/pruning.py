@@ -66,6 +66,7 @@ class Pruning:
         self._note(layer, index.flatten(1), stays.repeat(1, heads), heads)
 
     def _note(self, layer: int, index: Tensor, valid: Tensor, heads: int) -> None:
+        """Record kept entries [B, heads * K] and the number of visual ones among them."""
         visual = self._seen()
         found = torch.zeros_like(visual, dtype=torch.int32)
         self.kept[layer] = found.scatter_add_(1, index, valid.int()) > 0
@@ -87,6 +88,7 @@ class Pruning:
         return last[sample][visual[sample]]
 
     def _seen(self) -> Tensor:
+        """Return the visual tokens of the latest prompt; raise ValueError before the first one."""
         if self.visual is None:
             raise ValueError("nothing was pruned yet: run the model within the context")
         return self.visual

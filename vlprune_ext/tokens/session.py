@@ -82,6 +82,7 @@ def tokens_are_pruned(model: nn.Module) -> bool:
 
 
 def _install(patches: Patches, anatomy: Anatomy, method: TokenMethod, pruning: Pruning) -> None:
+    """Register the hooks of a method, by its kind."""
     visual = anatomy.family.visual
     if isinstance(method, PruneTowers):
         method.install(patches, anatomy, pruning)
@@ -145,6 +146,7 @@ class _Representatives(DropTokens):
 
 
 def _merge(patches: Patches, anatomy: Anatomy, method: MergeTokens, pruning: Pruning) -> None:
+    """Register the hooks that merge a vision tower's tokens and drop the merged ones before the language model."""
     if "vision" not in anatomy.towers:
         raise ValueError(f"{method.name}: {type(anatomy.model).__name__} has no vision tower")
     visual = anatomy.family.visual

@@ -166,6 +166,7 @@ def split_indices(split: str) -> np.ndarray:
 
 @functools.cache
 def _by_digit(split: str) -> tuple[np.ndarray, ...]:
+    """Return the indices of a split's images for each of the ten digits."""
     indices = split_indices(split)
     labels = digits()[1][indices]
     return tuple(indices[labels == digit] for digit in range(10))
