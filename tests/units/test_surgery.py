@@ -6,11 +6,13 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from models import tiny
 from torch import nn
 
 from vlprune_ext.anatomy import describe
 from vlprune_ext.apply_plan import apply
+from vlprune_ext.checkpoint import load_pruned, save_pruned
 from vlprune_ext.methods import Magnitude
 from vlprune_ext.methods.units.magnitude import unit_norms
 from vlprune_ext.plan import Plan
@@ -509,3 +511,61 @@ def test_masks_nest():
         expected = tiny.outputs("vit", model, values)
     with masked(model, one), masked(model, two):
         torch.testing.assert_close(tiny.outputs("vit", model, values), expected, **CLOSE)
+
+
+# ---- what belongs to a block by its number --------------------------------------------------------------------------
+
+
+def sliding_llava() -> nn.Module:
+    """A LLaVA on Qwen2 whose last two blocks of four attend to a window of four tokens."""
+    text = {**tiny._LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}
+    config = transformers.LlavaConfig(
+        vision_config={**tiny._VISION, "model_type": "clip_vision_model"},
+        text_config={**text, "num_hidden_layers": 4, "max_window_layers": 2},
+        image_token_index=tiny.IMAGE,
+        image_seq_length=tiny.PATCHES,
+        vision_feature_layer=-2,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    tiny.randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("gone", [[0], [1, 2], [3]])
+def test_layer_types_move_with_the_blocks_that_stay(gone, tmp_path):
+    """In memory, saved, and loaded."""
+    model = sliding_llava()
+    values = tiny.inputs("llava", model, 3)
+    plan = Plan(describe(model).shape())
+    for layer in gone:
+        plan.add("text", "layer", layer, [])
+    kinds = model.config.text_config.layer_types
+    with torch.no_grad():
+        with masked(model, plan):
+            wanted = model(**values, use_cache=False).logits
+        apply(model, plan)
+        found = model(**values, use_cache=False).logits
+        again = load_pruned(save_pruned(model, tmp_path / "out"))(**values, use_cache=False).logits
+    left = [kind for layer, kind in enumerate(kinds) if layer not in gone]
+    assert model.config.text_config.layer_types == model.model.language_model.config.layer_types == left
+    text = values["attention_mask"].bool()
+    torch.testing.assert_close(found[text], wanted[text], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again[text], found[text], rtol=0, atol=0)
+
+
+def test_lists_of_numbers_move_and_a_tapped_block_is_refused():
+    model = tiny.build("llama")
+    stack = describe(model).tower("text").container
+    config = model.config
+    config.mlp_only_layers, config.deepstack_visual_indexes = [0, 2, 3], [1]
+    config.no_rope_layers, config.pinpoints = list(range(10, 10 + len(stack))), [[1, 2]] * len(stack)
+    plan = Plan(describe(model).shape())
+    plan.add("text", "layer", 1, [])
+    with pytest.raises(ValueError, match=r"layer text\.1 cannot be removed: deepstack_visual_indexes reads"):
+        apply(model, plan)
+    config.deepstack_visual_indexes = [2]
+    apply(model, plan)
+    assert config.mlp_only_layers == [0, 1, 2][: len(config.mlp_only_layers)]
+    assert config.deepstack_visual_indexes == [1]
+    assert config.no_rope_layers == [10, *range(12, 10 + len(stack) + 1)]
+    assert config.pinpoints == [[1, 2]] * (len(stack) + 1), "another list of this length has nothing to do with blocks"

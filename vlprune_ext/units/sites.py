@@ -12,6 +12,21 @@ from ..anatomy import KINDS, Anatomy, Site, Tower
 from ..plan import Plan
 
 _SITE_KINDS = KINDS[:-1]
+# What configs, and modules that hold blocks, say of blocks by their numbers: a list with an entry for each, lists of
+# numbers, and numbers of blocks whose outputs something beside the next block reads.
+PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "no_rope_layers")
+BY_NUMBER = (
+    "attn_layer_indices",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "fullatt_block_indexes",
+    "global_attn_indexes",
+    "mlp_only_layers",
+    "moe_layers",
+    "window_block_indexes",
+    "window_block_indices",
+)
+TAPS = ("deepstack_visual_indexes",)
 LAYER_NUMBERS = ("layer_idx", "layer_num")  # by these a block indexes the KV cache
 
 
@@ -87,7 +102,11 @@ def check_layers(anatomy: Anatomy, plan: Plan) -> None:
     """
     for name, layers in plan.layers.items():
         for layer in layers:
-            reason = anatomy.towers[name].blocks[layer].fixed
+            tower = anatomy.towers[name]
+            reason = tower.blocks[layer].fixed
+            tapped = [tap for tap in TAPS if layer in (getattr(tower.config, tap, None) or ())]
+            if tapped:
+                raise ValueError(f"plan: layer {name}.{layer} cannot be removed: {tapped[0]} reads what leaves it")
             if reason:
                 raise ValueError(
                     f"plan: layer {name}.{layer} cannot be removed: {reason}; mode='mask' zeroes it instead"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Site, Tower, describe
 from ..plan import Plan
-from .sites import changed_sites, columns_of, layer_numbers
+from .sites import BY_NUMBER, PER_LAYER, TAPS, changed_sites, columns_of, layer_numbers
 
 
 def _entry(tower: Tower, kind: str, layer: int, units: Sequence[int] = ()) -> dict:
@@ -150,6 +150,10 @@ def remove_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
     feature_layers = {name: _feature_layer(anatomy, tower, plan) for name, tower in anatomy.towers.items()}
     lengths: dict[int, tuple[Any, int]] = {}  # towers may share a config; it then holds the depth of the deepest
     for name, tower in anatomy.towers.items():
+        if gone := plan.layers.get(name):
+            holders = {id(holder): holder for holder in (*_configs(anatomy, tower), *_around(anatomy, tower))}
+            for holder in holders.values():
+                _renumber(holder, len(tower.container), set(gone))
         for layer in sorted(plan.layers.get(name, []), reverse=True):
             del tower.container[layer]
         for place, block in enumerate(tower.container):
@@ -165,14 +169,33 @@ def remove_units(anatomy: Anatomy, plan: Plan) -> list[dict]:
     return zeroed
 
 
+def _around(anatomy: Anatomy, tower: Tower) -> Iterator[nn.Module]:
+    """Yield the modules that hold a tower's blocks, the model first."""
+    for name, module in anatomy.model.named_modules():
+        if not name or f"{tower.prefix}.".startswith(f"{name}."):
+            yield module
+
+
 def _configs(anatomy: Anatomy, tower: Tower) -> Iterator[Any]:
     """Yield the tower's config, and the copies of it that modules around its blocks hold."""
     yield tower.config
-    for name, module in anatomy.model.named_modules():
-        around = not name or f"{tower.prefix}.".startswith(f"{name}.")
+    for module in _around(anatomy, tower):
         config = module.__dict__.get("config")
-        if around and type(config) is type(tower.config):
+        if type(config) is type(tower.config):
             yield config
+
+
+def _renumber(holder: Any, blocks: int, gone: set[int]) -> None:
+    """Let what a config or a module says of ``blocks`` blocks by their numbers speak of those that are kept."""
+    kept = [layer for layer in range(blocks) if layer not in gone]
+    for name in PER_LAYER if not isinstance(holder, nn.Module) else ():
+        value = holder.__dict__.get(name)
+        if isinstance(value, (list, tuple)) and len(value) == blocks:
+            setattr(holder, name, type(value)(value[layer] for layer in kept))
+    for name in (*BY_NUMBER, *TAPS):
+        value = holder.__dict__.get(name)
+        if isinstance(value, (list, tuple)):
+            setattr(holder, name, type(value)(kept.index(layer) for layer in value if layer in kept))
 
 
 def _feature_layer(anatomy: Anatomy, tower: Tower, plan: Plan) -> int | list[int] | None:
