@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..anatomy import describe
+from ..anatomy.linears import check_linears
 from ..anatomy.patch import Patches
 from ..data import Data
 from ..plan import Plan
@@ -77,6 +78,7 @@ class Stages:
         self.settings, self.model = settings, model
         self.history: list[dict[str, Any]] = []
         self.anatomy = describe(model)
+        check_linears(self.anatomy, list(self.anatomy.towers))
         self.objective = settings.objective_for(self.anatomy)
         self.patches = Patches()
         self.masks = Masks(self.anatomy, heads_vote=settings.cit)

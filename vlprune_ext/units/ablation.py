@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, describe
+from ..anatomy.linears import check_linears
 from ..anatomy.patch import evaluation_mode
 from ..data import Data
 from ..objectives import Objective, Part, objective_named
@@ -101,6 +102,7 @@ def score(
     for tower in towers:
         if tower not in objective.towers(anatomy):
             raise ValueError(f"towers: {tower!r}, expected some of {', '.join(objective.towers(anatomy))}")
+    check_linears(anatomy, towers)
     if plan is not None:
         plan.check(anatomy)
     if cost not in COSTS:

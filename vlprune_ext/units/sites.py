@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..anatomy import KINDS, Anatomy, Site, Tower
+from ..anatomy.linears import check_linears
 from ..plan import Plan
 
 _SITE_KINDS = KINDS[:-1]
@@ -71,10 +71,11 @@ def check_changeable(anatomy: Anatomy, plan: Plan, mode: str) -> None:
     Raises
     ------
     ValueError
-        A projection is no plain Linear or on the meta device, or a layer cannot be removed or zeroed.
+        A projection that `check_linears` refuses, or a layer that cannot be removed or zeroed.
     """
-    for tower, layer, site, _ in changed_sites(anatomy, plan):
-        _check_site(site, f"{site.kind} of {tower.name}.{layer}")
+    changed = {tower.name for tower, *_ in changed_sites(anatomy, plan)}
+    changed |= {name for name, layers in plan.layers.items() if layers}
+    check_linears(anatomy, [name for name in anatomy.towers if name in changed])
     if mode == "remove":
         check_layers(anatomy, plan)
         return
@@ -86,8 +87,6 @@ def check_changeable(anatomy: Anatomy, plan: Plan, mode: str) -> None:
                     f"mode: 'mask' cannot remove layer {name}.{layer}: a {type(block.module).__name__} normalises "
                     "after adding, so zero weights do not make it the identity; use mode='remove'"
                 )
-            for site in block.sites.values():
-                _check_site(site, f"layer {name}.{layer}")
 
 
 def check_layers(anatomy: Anatomy, plan: Plan) -> None:
@@ -111,16 +110,6 @@ def check_layers(anatomy: Anatomy, plan: Plan) -> None:
                 raise ValueError(
                     f"plan: layer {name}.{layer} cannot be removed: {reason}; mode='mask' zeroes it instead"
                 )
-
-
-def _check_site(site: Site, where: str) -> None:
-    """Raise ValueError unless the site's projections are plain Linear modules with weights in memory."""
-    for linear in (site.out, *site.inputs):
-        weight: Any = getattr(linear, "weight", None)
-        if not isinstance(linear, nn.Linear) or weight.shape != (linear.out_features, linear.in_features):
-            raise ValueError(f"plan: {where}: its projection is a {type(linear).__name__}, expected a plain Linear")
-        if weight.is_meta:
-            raise ValueError(f"plan: {where}: its weights are not in memory (meta device)")
 
 
 def columns_of(site: Site, units: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _native
 from ..anatomy import IGNORED, Anatomy
+from ..anatomy.linears import check_linears
 from ..anatomy.patch import Patches, evaluation_mode
 from ..data import Data
 from ..objectives import Objective
@@ -133,12 +134,11 @@ def used_matrices(
     Raises
     ------
     ValueError
-        A tower without prunable matrices, or weights on the meta device.
+        A tower without prunable matrices, or a matrix that `check_linears` refuses.
     """
-    found = matrices(anatomy, objective.towers(anatomy) if towers is None else towers)
-    for matrix in found:
-        if matrix.weight.is_meta:
-            raise ValueError(f"{matrix.name}: its weights are not in memory (meta device)")
+    towers = objective.towers(anatomy) if towers is None else towers
+    check_linears(anatomy, towers)
+    found = matrices(anatomy, towers)
     seen: set[str] = set()
     for tower in dict.fromkeys(matrix.tower for matrix in found):
         with Patches() as patches, evaluation_mode(anatomy.model):
@@ -298,7 +298,12 @@ def prune_layerwise(
         A name that is no prunable matrix, a width that the pattern does not divide, weights that are not finite, or
         calibration data on which the model is not finite (naming the row); the model is then unchanged.
     """
-    known = {matrix.name: matrix for matrix in used_matrices(anatomy, objective, data)}
+    named = [
+        name
+        for name in objective.towers(anatomy)
+        if any(parameter.startswith(f"{anatomy.tower(name).prefix}.") for parameter in sparsity)
+    ]
+    known = {matrix.name: matrix for matrix in used_matrices(anatomy, objective, data, named)}
     for name in sparsity:
         if name not in known:
             raise ValueError(f"plan: sparsity of {name}: not a prunable matrix that objective {objective.name!r} uses")

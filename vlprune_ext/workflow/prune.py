@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..anatomy import describe
+from ..anatomy.linears import check_linears
 from ..apply_plan import apply
 from ..checkpoint.save import save_pruned
 from ..data import Data
@@ -182,6 +184,7 @@ def prune(
     """
     if scores is not None and not isinstance(method, ECoFLaP):
         raise ValueError(f"scores: given, but {type(method).__name__} measures its own")
+    _check_model(model, method)
     before = _numbers(model, data, evaluation, metric) if before is None else before
     if isinstance(method, Plan):
         plan = method
@@ -233,6 +236,7 @@ def prune_in_training(
     method.validation = method.validation or training.validation
     if method.validation is None:
         raise ValueError("validation: None, expected data to measure accuracy on: CoMP(validation=load_data(...))")
+    _check_model(model, method)
     before = _numbers(model, method.validation, evaluation, metric) if before is None else before
     train(
         model,
@@ -299,6 +303,16 @@ def recover(
     distill(result.model, teacher, train, steps=steps, seed=seed, progress=progress)
     after = _numbers(result.model, data, evaluation, metric)
     return replace(result, after=after, method={**result.method, "distill_steps": steps})
+
+
+def _check_model(model: nn.Module, method: Method | Plan) -> None:
+    """Raise ValueError for projections that cannot be pruned, before anything is measured."""
+    anatomy = describe(model)
+    if isinstance(method, Plan):
+        method.check(anatomy)
+        return  # `apply` looks at what it changes
+    towers = getattr(method, "towers", None)
+    check_linears(anatomy, list(anatomy.towers) if towers is None else [t for t in towers if t in anatomy.towers])
 
 
 def _numbers(model: nn.Module, data: Data, evaluation: Data | None, metric: str | Objective | None) -> dict[str, float]:

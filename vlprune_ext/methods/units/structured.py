@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, describe
+from ...anatomy.linears import check_linears
 from ...data import Data
 from ...objectives import Objective, objective_named
 from ...plan import Plan, Scores
@@ -154,6 +155,7 @@ class Structured(ABC):
         for tower in towers:
             if tower not in objective.towers(anatomy):
                 raise ValueError(f"towers: {tower!r}, expected some of {', '.join(objective.towers(anatomy))}")
+        check_linears(anatomy, towers)
         order = rewired_order(anatomy, towers, data, objective, self.batch_size) if self.rewire else None
         groups = neuron_groups(anatomy, towers, self.neurons_per_group, order)
         tokens = tokens_of(anatomy, towers, data, objective) if self.cost == "flops" else None
