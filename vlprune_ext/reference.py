@@ -274,7 +274,7 @@ def merge_tokens(
     dims: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # [B, .., K, ..], [B, K]
     """Average tokens one after another, in fp32 at least; see :func:`vlprune_ext.ops.merge_tokens`."""
-    size = torch.ones(match.shape, device=match.device) if size is None else size
+    size = torch.ones(match.shape, dtype=torch.float32, device=match.device) if size is None else size
     out, total = compact_tokens(index, tensors, dims), size.gather(1, index)
     dropped = torch.ones_like(match, dtype=torch.bool).scatter_(1, index, False)
     for (b, k), kept in zip(itertools.product(*map(range, index.shape)), index.flatten().tolist(), strict=True):

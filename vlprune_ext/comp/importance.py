@@ -46,7 +46,7 @@ class ChannelImportance:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self.total = torch.zeros(weight.shape[1], device=weight.device)
+        self.total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
         self.samples = 0
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:

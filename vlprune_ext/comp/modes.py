@@ -198,7 +198,7 @@ class UnitMode(Mode):
             gone = self.gone[key]
             if bool(going.any()) or bool(gone.any()):
                 device = self.masks.sites[key].out.weight.device
-                mask = torch.ones(len(gone)).masked_fill_(going, counts).masked_fill_(gone, 0.0)
+                mask = torch.ones(len(gone), dtype=torch.float32).masked_fill_(going, counts).masked_fill_(gone, 0.0)
                 self.masks.units[key] = mask.to(device)
             else:
                 self.masks.units.pop(key, None)

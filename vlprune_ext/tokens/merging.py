@@ -105,7 +105,7 @@ class MergingTower:
         self.images = Images(
             patches=tokens - cls,
             schedule=self.method.schedule(tokens - cls, self.tower.depth),
-            size=torch.ones(images, tokens, device=hidden.device),
+            size=torch.ones(images, tokens, dtype=torch.float32, device=hidden.device),
             places=places.expand(images, -1),
         )
         self.pruning.begin((places >= cls).expand(images, -1))
@@ -188,4 +188,6 @@ class MergingTower:
         images = self.images
         assert images is not None
         places = images.places[:, self.tower.cls :] - self.tower.cls
-        return torch.zeros(places.shape[0], images.patches, device=places.device).scatter(1, places, 1.0)
+        return torch.zeros(places.shape[0], images.patches, dtype=torch.float32, device=places.device).scatter(
+            1, places, 1.0
+        )

@@ -126,7 +126,7 @@ class TokenRemoval(TokenFlow):
         tokens = self.state.get("vision")
         if tokens is None or tokens.index is None:
             return None
-        found = torch.zeros(tokens.index.shape[0], tokens.length, device=tokens.index.device)
+        found = torch.zeros(tokens.index.shape[0], tokens.length, dtype=torch.float32, device=tokens.index.device)
         found.scatter_add_(1, tokens.index, tokens.valid.float())
         return found[:, self.anatomy.tower("vision").cls :].clamp(max=1)
 

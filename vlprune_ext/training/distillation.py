@@ -162,7 +162,7 @@ def logit_scale(anatomy: Anatomy) -> Tensor:
     Tensor, scalar
     """
     scale = getattr(anatomy.model, "logit_scale", None)
-    return torch.tensor(1 / 0.07, device=anatomy.device) if scale is None else scale.exp()
+    return torch.tensor(1 / 0.07, dtype=torch.float32, device=anatomy.device) if scale is None else scale.exp()
 
 
 def kept_layers(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:

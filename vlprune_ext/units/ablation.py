@@ -247,7 +247,9 @@ class _Judge:
                         both = zip((racing[i] for i in ids), outputs, strict=True)
                         kept |= {i: _extended(kept.get(i), rows) for i, rows in both}
                 drawn = order[tower][:stop] if sampled else torch.arange(data.n_images)
-                chance = chances(size[tower], stop)[drawn] if sampled else torch.ones(data.n_images)
+                chance = (
+                    chances(size[tower], stop)[drawn] if sampled else torch.ones(data.n_images, dtype=torch.float64)
+                )
                 part = Part(drawn, 1 / chance) if sampled else None
                 judged, at = objective.samples(data, drawn)
                 value = self._values(tower, dense[tower], others[tower], data, part)
@@ -272,7 +274,7 @@ class _Judge:
         """Return first-order estimates of the drops [M, S] and the dense objective; (None, NaN) without gradients."""
         if not self.objective.differentiable:
             return None, math.nan
-        estimate, dense_value = torch.zeros(len(found), samples), math.nan
+        estimate, dense_value = torch.zeros(len(found), samples, dtype=torch.float32), math.nan
         for tower, positions in _by_tower(found).items():
             owner = self.objective.sample_of_row(tower, data)
             if owner is None:
@@ -291,7 +293,7 @@ class _Judge:
 def _standard_error(drops: Tensor) -> Tensor:
     """Return the standard error of each module's mean drop, [M], from drops [M, S]; infinite for a single sample."""
     samples = drops.shape[1]
-    return drops.std(1) / math.sqrt(samples) if samples > 1 else torch.full((len(drops),), math.inf)
+    return drops.std(1) / math.sqrt(samples) if samples > 1 else torch.full((len(drops),), math.inf, dtype=drops.dtype)
 
 
 def _extended(before: Tensor | None, rows: Tensor) -> Tensor:

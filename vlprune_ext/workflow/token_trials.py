@@ -146,7 +146,7 @@ def seen_picture(image: Any, inputs: dict[str, Tensor], processor: Any) -> np.nd
     if len(whole) != 1:
         return np.asarray(image.convert("RGB")) / 255
     images = getattr(processor, "image_processor", processor)
-    mean, deviation = (torch.tensor(getattr(images, f"image_{name}")) for name in ("mean", "std"))
+    mean, deviation = (torch.tensor(getattr(images, f"image_{name}"), dtype=torch.float32) for name in ("mean", "std"))
     shown = whole[0].float().cpu().permute(1, 2, 0) * deviation + mean
     return shown.clamp(0, 1).numpy()
 

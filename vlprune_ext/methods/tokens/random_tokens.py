@@ -45,10 +45,10 @@ class RandomTokens(DropTokens):
         assert view.ids is not None
         counts = view.visual.sum(1).tolist()
         rows = [self._draw(ids[ids != 0].long(), count) for ids, count in zip(view.ids.cpu(), counts, strict=True)]
-        score = torch.zeros(view.visual.shape, device=view.visual.device)
+        score = torch.zeros(view.visual.shape, dtype=torch.float32, device=view.visual.device)
         return score.masked_scatter(view.visual, torch.cat(rows).to(score))
 
     def _draw(self, ids: Tensor, count: int) -> Tensor:
         """Return uniform scores [count] that depend on the seed and one sample's input ids only."""
         key = zlib.crc32(ids.numpy().tobytes(), self.seed)
-        return torch.rand(count, generator=torch.Generator().manual_seed(key))
+        return torch.rand(count, generator=torch.Generator().manual_seed(key), dtype=torch.float32)

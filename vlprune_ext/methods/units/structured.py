@@ -175,7 +175,7 @@ class Structured(ABC):
                     return self._pools(found, value, all_, share)
 
                 found = candidates(anatomy, towers, kinds, groups, plan, tokens)
-                if not any(budget for _, budget in pools(found, torch.zeros(len(found)))):
+                if not any(budget for _, budget in pools(found, torch.zeros(len(found), dtype=torch.float64))):
                     continue
                 report = _in_round(progress, stage * self.steps + step, len(stages) * self.steps)
                 task = Task(anatomy, data, objective, towers, kinds, groups, tokens, plan, pools, report)
@@ -214,7 +214,9 @@ class Structured(ABC):
             if key[1] == "width":
                 goal = sum((1 - self._keep(c.module.kind)) * c.cost for c in total) * share
                 gone = sum(c.cost for c in total) - sum(found[i].cost for i in positions)
-                costs = torch.tensor([float(found[i].cost) for i in order_of(found, value, positions)])
+                costs = torch.tensor(
+                    [float(found[i].cost) for i in order_of(found, value, positions)], dtype=torch.float32
+                )
                 budget = int((costs.cumsum(0) - costs / 2 <= goal - gone).sum())  # the nearest whole number of modules
             else:
                 goal = sum(1 - self._keep(c.module.kind) for c in total) * share
