@@ -1,4 +1,4 @@
-# make build | demo | test | emulate | bench | lint | clean, with everything in .venv; docs/gpu.md has `make gpu-check` and gpu-wheel.
+# make build | demo | test | emulate | bench | lint | docs | clean, with everything in .venv; docs/gpu.md has `make gpu-check` and gpu-wheel.
 # make test PYTHON=python3 VENV=none builds into that interpreter and installs nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -33,7 +33,7 @@ BUILD_KEY       := $(shell echo "$(INTERPRETER) $(CUDAARCHS) $(VLPRUNE_CUDA)" | 
 EXTENSION_STAMP := build/stamps/$(BUILD_KEY).extension
 BUILD_STAMP     := build/stamps/$(BUILD_KEY)
 
-.PHONY: env build demo test emulate bench lint clean gpu-check gpu-wheel
+.PHONY: env build demo test emulate bench lint docs clean gpu-check gpu-wheel
 .DEFAULT_GOAL := build
 
 env: $(ENV_STAMP)
@@ -87,6 +87,11 @@ lint: $(ENV_STAMP)
 	$(PY) -m ruff format --check .
 	find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(dir $(PY))clang-format --dry-run -Werror
 	$(PY) -m mypy
+
+# The tables in the Markdown pages, and the API page from the docstrings: build/docs/vlprune_ext.html.
+docs: build
+	$(PY) scripts/docs_tables.py
+	$(PY) scripts/docs_api.py build/docs
 
 # On a machine with a GPU; PARTS="kernels ncu" runs some parts, BUDGET is the time for all, in seconds. COMMIT says what
 # is measured where the source tree came without its repository.
