@@ -40,7 +40,7 @@ def methods(room: str) -> str:
     if room not in ROOMS:
         raise ValueError(f"methods:{room}, expected one of {', '.join(ROOMS)}")
     rows = [
-        [f"`{entry.name}`", f"`vp.{entry.title}`", entry.summary, _source(entry.source)]
+        [f"`{entry.name}`", f"`vp.{entry.class_name}`", entry.summary, _source(entry.source)]
         for entry in REGISTRY
         if entry.module.split(".")[0] == room
     ]

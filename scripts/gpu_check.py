@@ -236,7 +236,7 @@ def _benchmarks(visit: Visit, folder: str, first: Sequence[str], until: float) -
 
 def kernels(visit: Visit, until: float) -> str:
     """Time the kernels, alone on the GPU."""
-    return _benchmarks(visit, "kernels", ["layerwise", "token", "ablation"], until)
+    return _benchmarks(visit, "kernels", ["weights", "token", "ablation"], until)
 
 
 def tests(visit: Visit, until: float) -> str:

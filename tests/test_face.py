@@ -78,10 +78,10 @@ def test_a_public_name_leads_somewhere(name):
     assert getattr(vp, name) is not None
 
 
-@pytest.mark.parametrize("entry", REGISTRY, ids=lambda entry: entry.title)
+@pytest.mark.parametrize("entry", REGISTRY, ids=lambda entry: entry.class_name)
 def test_a_registered_method_is_a_public_name(entry):
-    method = getattr(vp, entry.title)
-    assert method.__name__ == entry.title
+    method = getattr(vp, entry.class_name)
+    assert method.__name__ == entry.class_name
     assert method.__module__ == f"vlprune_ext.methods.{entry.module}"
     assert (TOKENS if entry.module.startswith("tokens.") else METHODS)[entry.name] is method
     assert method.__doc__

@@ -36,7 +36,7 @@ _NAMES = {
     "apply_plan": ("apply",),
     "checkpoint": ("load_pruned", "save_pruned"),
     "data": ("Data", "load_data"),
-    "methods": tuple(entry.title for entry in _methods.REGISTRY),
+    "methods": tuple(entry.class_name for entry in _methods.REGISTRY),
     "objectives": ("Contrastive", "LMLoss", "Objective", "Retrieval", "ZeroShot"),
     "plan": ("Module", "Plan", "Scores"),
     "replay": ("DropHead", "DropLayer", "DropNeurons", "PerturbWeight", "Replay"),

@@ -43,7 +43,7 @@ class Anatomy:
         return {name: bind_tower(self.model, name, paths) for name, paths in self.family.towers.items()}
 
     @property
-    def pairs(self) -> bool:
+    def is_dual_encoder(self) -> bool:
         """Whether the model is a dual encoder: it embeds images and texts, each without the other."""
         return set(self.family.embed) == {"vision", "text"}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from PIL import Image
 
 from ..zoo.digit_scenes import COLOURS, PLAIN_KINDS, POSITIONS, SINGLES, DigitScenes, Question, describe
-from .records import Prompts, Record
+from .samples import Prompts, Sample
 from .sources import DIGITS_CLASSES, DIGITS_QUESTIONS
 
 _DEFAULT_SCENES = 1000
 
 
-def read_digits(source: str, split: str, limit: int | None, seed: int) -> tuple[list[Record], Prompts | None]:
+def read_digits(source: str, split: str, limit: int | None, seed: int) -> tuple[list[Sample], Prompts | None]:
     """Return the digit scenes of a built-in source as records.
 
     Parameters
@@ -27,7 +27,7 @@ def read_digits(source: str, split: str, limit: int | None, seed: int) -> tuple[
 
     Returns
     -------
-    records : list of Record
+    records : list of Sample
     prompts : dict of list of str, or None
         Class name -> prompts, where the digits are classes.
     """
@@ -44,7 +44,7 @@ def read_digits(source: str, split: str, limit: int | None, seed: int) -> tuple[
             for digit in range(10)
         }
     records = [
-        Record(
+        Sample(
             open=lambda image=scene.image: Image.fromarray(image),  # type: ignore[misc]
             texts=[question.answer if question else scene.caption],
             label=None if prompts is None else str(scene.objects[0].digit),

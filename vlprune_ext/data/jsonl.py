@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from ..zoo.digit_scenes import SPLITS
-from .records import Prompts, Record
+from .samples import Prompts, Sample
 
 
 def read_jsonl(
     path: Path, split: str, limit: int | None, seed: int, templates: Sequence[str]
-) -> tuple[list[Record], Prompts | None]:
+) -> tuple[list[Sample], Prompts | None]:
     """Return the images of a split as records, each image once with all its texts.
 
     Parameters
@@ -34,7 +34,7 @@ def read_jsonl(
 
     Returns
     -------
-    records : list of Record
+    records : list of Sample
     prompts : dict of list of str, or None
         Class name -> prompts, where the lines have labels.
 
@@ -58,7 +58,7 @@ def read_jsonl(
     elif split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)} for {path}, whose lines name none")
 
-    merged: dict[Path, Record] = {}
+    merged: dict[Path, Sample] = {}
     for where, entry in lines:
         image = path.parent / entry["image"]
         texts = [entry["text"]] if isinstance(entry["text"], str) else entry["text"]
@@ -67,7 +67,7 @@ def read_jsonl(
                 raise ValueError(f"{where}: {image} has another label here than on an earlier line")
             merged[image].texts.extend(texts)
         else:
-            merged[image] = Record(_opener(image, where), list(texts), entry.get("label"))
+            merged[image] = Sample(_opener(image, where), list(texts), entry.get("label"))
     records = list(merged.values())
     if limit is not None and limit < len(records):
         chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:limit]

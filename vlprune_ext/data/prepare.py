@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .records import Prompts, Record
+from .samples import Prompts, Sample
 from .tensors import Classes, Data
 
 IGNORED = -100  # label of positions without a loss: ignore_index of cross-entropy
@@ -102,7 +102,7 @@ class Preparer:
         """Return whether the model's forward takes an input; without a model, any."""
         return self.accepts is None or key in self.accepts
 
-    def __call__(self, name: str, split: str, records: Sequence[Record], prompts: Prompts | None) -> Data:
+    def __call__(self, name: str, split: str, records: Sequence[Sample], prompts: Prompts | None) -> Data:
         owner = [i for i, record in enumerate(records) for _ in record.texts]
         texts = [text for record in records for text in record.texts]
         images: dict[str, Tensor] = {}
@@ -136,7 +136,7 @@ class Preparer:
                 classes = Classes(self._texts(every), torch.tensor(of_prompt), names)
         return Data(name, split, images, rows, torch.tensor(owner), classes, labels)
 
-    def _images(self, records: Sequence[Record]) -> dict[str, Tensor]:
+    def _images(self, records: Sequence[Sample]) -> dict[str, Tensor]:
         """Preprocess the images of all records, a chunk at a time."""
         outputs = []
         for chunk in _chunks(records):
@@ -168,7 +168,7 @@ class Preparer:
                 row["labels"] = self._decoder_labels(text)
         return self._padded(rows, scored)
 
-    def _images_with_texts(self, records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _images_with_texts(self, records: Sequence[Sample]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Process each text with its image in one call, since the number of image tokens depends on the image."""
         images, rows = [], []
         for record in records:
@@ -256,7 +256,7 @@ def _find_processor(model: Any, fallback: Path | None) -> Any:
         raise ValueError(f"no processor could be loaded from {where} ({reason}); expected processor=") from error
 
 
-def _chunks(records: Sequence[Record]) -> Iterable[Sequence[Record]]:
+def _chunks(records: Sequence[Sample]) -> Iterable[Sequence[Sample]]:
     """Split records into chunks for the processor."""
     return (records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK))
 

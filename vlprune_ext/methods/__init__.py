@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     """One registered method: its name on the command line, class, module, summary and source."""
 
     name: str
-    title: str
+    class_name: str
     module: str  # room.file
     summary: str
     source: str
@@ -101,18 +101,18 @@ class Methods(Mapping[str, Any]):
 
 def _load(entry: Entry) -> Any:
     """Import an entry's module and return its class."""
-    return getattr(importlib.import_module(f".{entry.module}", __name__), entry.title)
+    return getattr(importlib.import_module(f".{entry.module}", __name__), entry.class_name)
 
 
 UNITS, WEIGHTS, JOINT, TOKENS = Methods("units"), Methods("weights"), Methods("joint"), Methods("tokens")
 METHODS = Methods("units", "weights", "joint")  # those that make a plan
 
-_TITLES = {entry.title: entry for entry in REGISTRY}
+_TITLES = {entry.class_name: entry for entry in REGISTRY}
 
 
 def title(name: str) -> str:
     """Return the class name of a method that makes a plan, "MoPE" for "mope"; another name unchanged."""
-    return METHODS.entries[name].title if name in METHODS.entries else name
+    return METHODS.entries[name].class_name if name in METHODS.entries else name
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     ----------
     module : str
         Module of its class, within this package.
-    title : str
+    class_name : str
         Name of its class.
     fields : mapping
         Arguments of its constructor.
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     """
 
     module: str
-    title: str
+    class_name: str
     fields: Mapping[str, Any]
     summary: str
 
@@ -73,7 +73,7 @@ def usual_objective(anatomy: Anatomy, use: Use) -> Objective:
     """
     if use == "answer":
         return objective_named("exact_match" if anatomy.family.needs_decoder_ids else "generated")
-    return objective_named(_USUAL[use][0 if anatomy.pairs else 1])
+    return objective_named(_USUAL[use][0 if anatomy.is_dual_encoder else 1])
 
 
 def objective_named(objective: str | Objective | None, anatomy: Anatomy | None = None, use: Use = "rank") -> Objective:
@@ -100,4 +100,4 @@ def objective_named(objective: str | Objective | None, anatomy: Anatomy | None =
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     entry = OBJECTIVES[objective]
-    return getattr(importlib.import_module(f".{entry.module}", __package__), entry.title)(**entry.fields)
+    return getattr(importlib.import_module(f".{entry.module}", __package__), entry.class_name)(**entry.fields)

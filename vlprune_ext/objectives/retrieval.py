@@ -54,7 +54,7 @@ class _DualEncoder(Objective):
     sees_cross_attention = False
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
-        if not anatomy.pairs:
+        if not anatomy.is_dual_encoder:
             raise ValueError(
                 f"objective: {self.name!r} needs a model with an image and a text embedding, "
                 f"{type(anatomy.model).__name__} has none; try 'lm_loss'"

@@ -3,8 +3,8 @@
 from .ablation import leave_one_out, retrieval_rank
 from .attention import attention_importance
 from .compaction import compact_tokens, match_tokens, merge_tokens
-from .layerwise import column_norm_sq_, nm_mask, perturb, prune_nm_, prune_smallest_, share_smallest, smallest_mask
 from .selection import diverse_tokens, select_tokens
+from .weights import column_norm_sq_, nm_mask, perturb, prune_nm_, prune_smallest_, share_smallest, smallest_mask
 
 __all__ = [
     "attention_importance",

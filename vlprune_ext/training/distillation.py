@@ -267,7 +267,7 @@ def distill(
     if steps < 1:
         raise ValueError(f"steps: {steps}, expected at least 1")
     for name, model in (("student", student), ("teacher", teacher)):
-        if not describe(model).pairs:
+        if not describe(model).is_dual_encoder:
             raise ValueError(f"{name}: {type(model).__name__} does not embed images and texts, distillation needs both")
     kept = kept_layers(student, teacher)
     modes = teacher.training

@@ -56,7 +56,7 @@ class WithLoss(nn.Module):
         super().__init__()
         self.pruned = model
         self.anatomy: Anatomy = describe(model)
-        self.pairs = self.anatomy.pairs
+        self.pairs = self.anatomy.is_dual_encoder
         self.of_tower = {"vision": set(data.images), "text": set(data.texts) - {"labels"}}
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:

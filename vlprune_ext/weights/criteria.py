@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import column_norm_sq_, nm_mask, prune_nm_, prune_smallest_, smallest_mask
-from ..ops.layerwise import SCOPES
+from ..ops.weights import SCOPES
 
 CRITERIA = ("wanda", "magnitude", "ria", "sparsegpt")
 

@@ -1,4 +1,4 @@
-"""`Record`, the common form of all data sources: an unopened image with its texts and its class."""
+"""`Sample`, the common form of all data sources: an unopened image with its texts and its class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Prompts = dict[str, list[str]]  # class name -> its prompts
 
 
 @dataclass
-class Record:
+class Sample:
     """One image before preprocessing.
 
     Parameters
