@@ -41,6 +41,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "float32") -> Lo
     Parameters
     ----------
     name : str
+        Looked for in this order.
     device : str
         "auto" (the GPU if there is one), or what torch.device takes.
     dtype : str

@@ -51,7 +51,9 @@ def save_pruned(
     Parameters
     ----------
     model : PreTrainedModel
+        Of a family that is known.
     out_dir : str or PathLike
+        New, empty, or with an earlier pruned model.
     processor : optional
         Saved beside the model, so that the folder is complete: a processor, tokenizer or image processor.
     method : method object or dict, optional

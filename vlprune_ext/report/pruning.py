@@ -29,11 +29,13 @@ def write_report(
     Parameters
     ----------
     path : str or PathLike
+        The file to write.
     result : Result or Record
         With plan, scores, before, after, method and data.
     comparisons : mapping, optional
         Name -> another `Result`, or its numbers; more rows in the table.
     title : str, optional
+        By default the method's name.
     """
     write_text(path, render(result, comparisons=comparisons, title=title))
 

@@ -33,12 +33,15 @@ def plan_cost(
     Parameters
     ----------
     model : nn.Module
+        The dense model.
     data : Data
+        Calibration data; one batch of it is timed.
     modules : sequence of str
         Kinds that are scored: "head", "cross_head", "neurons", "layer".
     towers : sequence of str, optional
         All that the objective sees by default.
     objective : str or Objective, optional
+        By default what suits the model.
     neurons_per_group, steps, batch_size : int
         As `score` and the methods take them.
 

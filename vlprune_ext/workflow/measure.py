@@ -28,7 +28,9 @@ def evaluate(
     Parameters
     ----------
     model : nn.Module
+        Dense or pruned.
     data : Data
+        Samples to judge it on.
     objective : str or Objective, optional
         By default what suits the model.
     batch_size : int
@@ -59,6 +61,7 @@ def measure(model: nn.Module, data: Data, objective: str | Objective | None = No
     Parameters
     ----------
     model : nn.Module
+        Dense or pruned.
     data : Data
         Its first sample is used.
     objective : str or Objective, optional

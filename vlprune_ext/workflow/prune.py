@@ -120,9 +120,11 @@ def prune_weights(
     sparsity : float
         Share of each matrix that becomes zero, in [0, 1).
     criterion : {"wanda", "magnitude", "ria", "sparsegpt"}
+        Importance of a weight.
     pattern : str
         "unstructured", or "n:m" for n zeros in every m consecutive weights.
     progress : callable, optional
+        Told (done, total, what).
     **fields
         Others of `ECoFLaP`: scope, towers, objective, batch_size, ...
 
@@ -223,6 +225,7 @@ def prune_in_training(
     training : Training
         What it is trained on, and what decides where the method has no validation data.
     method : CoMP
+        With ``train=True``.
     evaluation, metric, before, progress
         As `prune` takes them.
 
@@ -288,6 +291,7 @@ def recover(
     data : Data
         Calibration data of `prune`.
     steps : int
+        Of the training.
     evaluation, metric, progress
         As `prune` takes them.
     seed : int
