@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from vlprune_ext.card import table
-from vlprune_ext.recipe import CAPTION_WORDS, Recipe
 
 from vlprune_ext.zoo.digit_scenes import PLAIN_KINDS, QUESTION_SHARES, DigitScenes, Question
+
+from .card import table
+from .recipe import CAPTION_WORDS, Recipe
 
 IGNORED = -100  # a label that the loss does not count
 ASKING = ("what", "digit", "colour", "is", "the", "how", "many", "digits", "are", "there", "?", "none")

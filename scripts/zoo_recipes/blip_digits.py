@@ -19,12 +19,13 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
-from vlprune_ext.answering import WORDS, Answering, Inputs
-from vlprune_ext.card import PURPOSE
-from vlprune_ext.recipe import Stage, image_processor, pixels_of, word_tokenizer
 
 from vlprune_ext import zoo
 from vlprune_ext.zoo.digit_scenes import COLOURS, POSITIONS, DigitScenes, Question
+
+from .answering import WORDS, Answering, Inputs
+from .card import PURPOSE
+from .recipe import Stage, image_processor, pixels_of, word_tokenizer
 
 
 class BlipDigits(Answering):

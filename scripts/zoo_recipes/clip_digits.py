@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
-from vlprune_ext.card import PURPOSE, table
-from vlprune_ext.recipe import CAPTION_WORDS, Recipe, Stage, image_processor, pixels_of, word_tokenizer
 
 from vlprune_ext.zoo.digit_scenes import IMAGE_SIZE, DigitScenes
+
+from .card import PURPOSE, table
+from .recipe import CAPTION_WORDS, Recipe, Stage, image_processor, pixels_of, word_tokenizer
 
 
 class ClipDigits(Recipe):

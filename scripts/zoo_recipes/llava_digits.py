@@ -16,12 +16,13 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from vlprune_ext.answering import IGNORED, WORDS, Answering, Inputs
-from vlprune_ext.card import PURPOSE
-from vlprune_ext.recipe import Stage, image_processor, pixels_of, word_tokenizer
 
 from vlprune_ext import zoo
 from vlprune_ext.zoo.digit_scenes import DigitScenes, Question
+
+from .answering import IGNORED, WORDS, Answering, Inputs
+from .card import PURPOSE
+from .recipe import Stage, image_processor, pixels_of, word_tokenizer
 
 
 class LlavaDigits(Answering):
