@@ -108,6 +108,7 @@ class Visit:
                             cwd=self.root,
                             env=environment,
                             start_new_session=True,
+                            preexec_fn=_heed_interrupts,
                         )
                     )
                 except OSError as error:
@@ -140,6 +141,11 @@ class Visit:
     def pytest(self, *options: str) -> list[str]:
         """Return the command that runs pytest with ``options``, without what the project's settings make fail here."""
         return [self.python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", "-v", "--tb=short", *options]
+
+
+def _heed_interrupts() -> None:
+    """In the child: be interruptible also where this script was started in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(running: Sequence[subprocess.Popen[bytes] | None], which: signal.Signals) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -161,9 +162,14 @@ def test_parts_for_which_no_time_is_left_are_named(place):
     assert place.summary()["models"] == "left out, no time left"
 
 
-def test_an_interrupt_comes_before_the_end(place):
+@pytest.mark.parametrize("heeded", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "in the background"])
+def test_an_interrupt_comes_before_the_end(heeded, place):
+    before = signal.signal(signal.SIGINT, heeded)
     place.part_does("tests", "trap 'echo reported; exit 2' INT; echo 141 >> $FAKE/clock; while :; do sleep 0.1; done")
-    assert place.visit(["tests"]).failed == ["tests"]
+    try:
+        assert place.visit(["tests"]).failed == ["tests"]
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert place.summary()["tests"] == "out of time"
     assert "reported" in (place.out / "tests.log").read_text()
 
