@@ -120,7 +120,7 @@ Towers = Annotated[
     typer.Option(
         parser=_names,
         metavar="NAMES",
-        help="Towers, separated by commas; by default all that count.",
+        help="Towers, separated by commas; by default all that the objective sees.",
         show_default=False,
     ),
 ]

@@ -68,7 +68,7 @@ def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: 
 def _lede(result: Any, plan: Plan) -> str:
     removed, zeros, gone = (listed(parts(plan)) for parts in (units_removed, zeroed, tokens_gone))
     done = [f"removed {removed}"] * bool(removed) + [f"zeroed {zeros}"] * bool(zeros)
-    done += [f"lets {gone} leave"] * bool(gone)
+    done += [f"prunes {gone} at run time"] * bool(gone)
     text = f"{method_name(result)} {listed(done) or 'removed nothing'}."
     before, after = result.before or {}, result.after or {}
     reached = plan.method.get("reached")
@@ -211,7 +211,7 @@ def _ranking_caption(scores: Scores, plan: Plan, kind: str) -> str:
     if count and not all(gone[:count]):
         text += (
             " The removed ones are not simply the lowest: modules are ranked by what they cost, cut within their layer,"
-            " or scored again once others are gone, as the method's fields below say."
+            " or scored again once others are removed, as the method's fields below say."
         )
     return text
 

@@ -77,7 +77,7 @@ def tokens(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer a question with fewer visual tokens: what stays, what it takes, and how often answers are right."""
+    """Answer a question with fewer visual tokens: which are kept, time and memory, and how often answers are right."""
     quiet()
     from rich.text import Text
 
