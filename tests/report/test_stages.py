@@ -101,7 +101,7 @@ def test_page_tells_every_stage_and_why(record, charts):
 def test_lede_names_tokens_and_the_flops_reached(record):
     page = render(record).replace("&#39;", "'")
     lede = page[page.index('class="lede">') :].split("</p>")[0]
-    assert "CoMP removed 1 of 20 heads and lets 20% of the vision tokens leave." in lede
+    assert "CoMP removed 1 of 20 heads and prunes 20% of the vision tokens at run time." in lede
     assert "61% of the dense model's FLOPs are left; 10% fewer parameters; exact match went from 0.950 to 0.930" in lede
     assert "fewer FLOPs" not in lede
 
@@ -125,7 +125,7 @@ def test_what_was_found_too_dear(record):
 def test_plans_of_tokens_only(record, charts):
     record.plan.heads = {}
     page = render(record)
-    assert "CoMP lets 20% of the vision tokens leave." in page
+    assert "CoMP prunes 20% of the vision tokens at run time." in page
     assert "removed nothing" not in page
     assert "fewer parameters" not in page
     assert "What was removed" not in page
@@ -149,7 +149,7 @@ def test_no_stages_no_section(record, history):
     page = render(replace(record, plan=plan, method=plan.method))
     assert "Stages" not in page
     assert "20% of the vision tokens" not in page
-    assert "vision tokens leave" in page
+    assert "prunes vision tokens at run time" in page
 
 
 def test_one_mode_and_modes_in_turn(record, charts):

@@ -98,7 +98,7 @@ def prune(
             rich_help_panel=FIELDS,
         ),
     ] = None,
-    mode: Annotated[str, typer.Option(help="remove (projections become narrower) or mask (weights zeroed).")] = "remove",
+    mode: Annotated[str, typer.Option(help="remove (narrower projections) or mask (zeroed weights).")] = "remove",
     round_to: Annotated[int, typer.Option(min=1, help="MLP widths stay multiples of this.")] = 8,
     train_steps: Annotated[
         int, typer.Option(min=1, help="comp: training steps, on the split 'train'; 'validation' decides.")
