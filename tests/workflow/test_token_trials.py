@@ -13,7 +13,6 @@ from PIL import Image
 import vlprune_ext as vp
 from vlprune_ext.anatomy import describe
 from vlprune_ext.checkpoint.models import load_model
-from vlprune_ext.methods import TOKENS
 from vlprune_ext.objectives import objective_named, usual_objective
 from vlprune_ext.report.figures.style import svg
 from vlprune_ext.report.figures.tokens import kept_squares, quality_against_tokens
@@ -143,12 +142,6 @@ def test_judge(llava, data):
 def test_judging_a_cache_that_is_not_used(llava, data):
     with pytest.raises(ValueError, match="metric is 'exact_match'; expected 'generated' for PLPHP"):
         judge(llava.model, data, {"PLPHP": [vp.PLPHP()]}, "exact_match")
-
-
-def test_every_method_has_a_name_on_the_command_line():
-    assert {method.__name__ for method in TOKENS.values()} == {
-        "FastV", "PyramidDrop", "VisionZip", "ToMe", "DivPrune", "PLPHP", "LookM", "RandomTokens",
-    }  # fmt: skip
 
 
 def _trial(answer: str, kept: int | None = None) -> Trial:
