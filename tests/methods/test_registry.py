@@ -18,9 +18,9 @@ def test_every_file_of_a_method_is_in_the_registry():
     assert found - SHARED == {entry.module for entry in REGISTRY}
 
 
-@pytest.mark.parametrize("entry", REGISTRY, ids=lambda entry: entry.title)
+@pytest.mark.parametrize("entry", REGISTRY, ids=lambda entry: entry.class_name)
 def test_an_entry_names_its_class(entry):
     room = TOKENS if entry.module.startswith("tokens.") else METHODS
-    assert room[entry.name].__name__ == entry.title
+    assert room[entry.name].__name__ == entry.class_name
     assert room[entry.name].__module__ == f"{methods.__name__}.{entry.module}"
     assert entry.summary
