@@ -52,10 +52,7 @@ def render(result: Any, *, comparisons: Mapping[str, Any] | None = None, title: 
         title=title or f"Pruning by {method_name(result)}",
         lede=_lede(result, plan),
         table=table,
-        trade_off=_trade_off(result, comparisons),
-        cut=svg(cut(plan)) if units_removed(plan) else "",
-        layers_removed=_layers_removed(plan),
-        sparsity=svg(sparsity(plan)) if zeroed(plan) else "",
+        charts=_charts(result, comparisons, plan),
         stages=stages(plan.method),
         importance=_importance(scores, plan, method_of(result)) if scores is not None else [],
         extremes=extremes(scores, plan) if scores is not None else [],
@@ -88,6 +85,29 @@ def _lede(result: Any, plan: Plan) -> str:
         return text
     joined = "; ".join(facts)
     return f"{text} {joined[0].upper()}{joined[1:]}."
+
+
+def _charts(result: Any, comparisons: Mapping[str, Any] | None, plan: Plan) -> list[dict[str, str]]:
+    """List the charts of what was done, those that have something to show: title, svg and caption of each."""
+    layers = _layers_removed(plan)
+    found = [
+        (
+            "Quality against savings",
+            _trade_off(result, comparisons),
+            "Across: as a share of the dense model's. Up: the first measure of the table. Dashed: the dense model.",
+        ),
+        (
+            "What was removed",
+            svg(cut(plan)) if units_removed(plan) else "",
+            "Numbers: units kept. Hatched: removed" + (f". Whole layers removed: {layers}." if layers else "."),
+        ),
+        (
+            "Sparsity of every block",
+            svg(sparsity(plan)) if zeroed(plan) else "",
+            "Per cent of the weights that are zero: the darker, the more. Blank: not pruned.",
+        ),
+    ]
+    return [{"title": title, "svg": chart, "caption": caption} for title, chart, caption in found if chart]
 
 
 # What may be drawn across, the first that tells the pruned models apart: the numbers, and what the axis is called.
