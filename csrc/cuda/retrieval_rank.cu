@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSM)
     int32_t* ranks = p.rank + place.first_query();
     const int rows = place.rows(), columns = place.columns();
     const auto count_tile = [&](auto whole_tile) {
-      constexpr bool kWhole = decltype(whole_tile)::value;  // else columns past M count for nothing
+      constexpr bool kWhole = decltype(whole_tile)::value;              // else columns past M count for nothing
       [[maybe_unused]] uint32_t undecided[Tile::kThreadRows / 2] = {};  // of SplitTile
 #pragma unroll
       for (int r = 0; r < Tile::kThreadRows; ++r) {
