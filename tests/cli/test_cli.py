@@ -290,6 +290,24 @@ def test_own_data(tiny, tmp_path):
     assert content["data"]["name"] == "pairs.jsonl"
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_prune_reports_on_the_test_split_of_own_data_or_says_that_there_is_none(tiny, tmp_path, split):
+    from PIL import Image
+
+    lines = []
+    for i in range(8):
+        Image.new("RGB", (60, 50), (30 * i, 30, 30)).save(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "text": f"a red {i} top left"})
+        if split:
+            lines[-1]["split"] = "test" if i % 2 else "calibration"
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    result = run("prune", tiny, "--data", path, "--method", "magnitude", "--json", width=200)
+    content = json.loads(result.stdout)
+    assert any("recall" in name for name in content["before"]) == split
+    assert ("has no split 'test': no accuracy is measured" in result.stderr) != split
+
+
 def test_demo_saves_reloads_and_reports(tiny, tmp_path, monkeypatch, charts):
     monkeypatch.setattr(demo, "CLIP", str(tiny))
     sizes = {"CALIBRATION": 8, "TEST": 20, "TRAIN": 16, "DISTILL_STEPS": 1, "SPARSITIES": (0.5,)}

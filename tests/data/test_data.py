@@ -293,6 +293,8 @@ GOOD = {"image": "0.png", "text": "a red 1"}
         ([{"image": "0.png", "text": []}], "line 1: 'text' is []"),
         ([{"image": "0.png", "text": ["a", ""]}], "line 1: 'text' is ['a', '']"),
         ([{"image": "0.png", "text": "a", "label": 1}], "line 1: 'label' is 1"),
+        ([GOOD | {"lable": "a"}], "line 1: a key 'lable', expected 'label'"),
+        ([GOOD | {"splt": "test"}], "line 1: a key 'splt', expected 'split'"),
         ([GOOD | {"label": "a"}, GOOD], "line 2: no 'label', which other lines have"),
         ([GOOD, GOOD | {"split": "a"}], "line 1: no 'split', which other lines have"),
         ([GOOD | {"label": "a"}, GOOD | {"label": "b"}], "line 2: "),

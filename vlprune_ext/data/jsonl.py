@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,6 +80,11 @@ def read_jsonl(
     return records, {name: [template.format(name) for template in templates] for name in names}
 
 
+def named_splits(path: Path) -> list[str]:
+    """Return the names of a file's splits, sorted; none where its lines name none."""
+    return sorted({entry["split"] for _, entry in _checked_lines(path) if "split" in entry})
+
+
 def _checked_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return every non-blank line with its place ("file, line 3") after checking its keys and types."""
     lines = []
@@ -95,7 +101,11 @@ def _checked_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"{where}: a {type(entry).__name__}, expected an object with 'image' and 'text'")
             for key in ("image", "text"):
                 if key not in entry:
-                    raise ValueError(f"{where}: no {key!r}, expected 'image' and 'text'")
+                    raise ValueError(f"{where}: no {key!r} in {sorted(entry)}, expected 'image' and 'text'")
+            for key in ("label", "split"):
+                misspelt = difflib.get_close_matches(key, set(entry) - {key}, n=1, cutoff=0.8)
+                if key not in entry and misspelt:
+                    raise ValueError(f"{where}: a key {misspelt[0]!r}, expected {key!r}")
             for key in ("image", "label", "split"):
                 if key in entry and not (isinstance(entry[key], str) and entry[key]):
                     raise ValueError(f"{where}: {key!r} is {entry[key]!r}, expected a non-empty string")

@@ -10,7 +10,7 @@ from .. import zoo
 from .digits import read_digits
 from .jsonl import read_jsonl
 from .prepare import Preparer
-from .sources import DIGITS, DIGITS_CLASSES, DIGITS_QUESTIONS, SOURCES
+from .sources import DIGITS, DIGITS_QUESTIONS, SOURCES
 from .tensors import Data
 
 
@@ -86,7 +86,7 @@ def load_data(
     else:
         path = Path(source)
         if not path.exists():
-            raise FileNotFoundError(f"no file {path}; give a JSONL file, {DIGITS!r} or {DIGITS_CLASSES!r}")
+            raise FileNotFoundError(f"no file {path}; expected a JSONL file or one of {', '.join(SOURCES)}")
         if path.is_dir():
             raise ValueError(f"{path} is a folder, expected a JSONL file")
         records, prompts = read_jsonl(path, split, limit, seed, templates)

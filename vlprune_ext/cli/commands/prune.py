@@ -33,7 +33,7 @@ from ..arguments import (
     read_data,
     read_model,
 )
-from ..terminal import UsageError, before_after, quiet, show, show_json, working
+from ..terminal import UsageError, before_after, note, quiet, show, show_json, working
 
 
 def prune(
@@ -64,7 +64,7 @@ def prune(
     test_data: Annotated[
         str | None,
         typer.Option(
-            help="Data for the numbers before and after; --data where that has a split of this name.",
+            help="Data for the numbers before and after; --data where that has the split of --test-split.",
             show_default=False,
         ),
     ] = None,
@@ -134,7 +134,8 @@ def prune(
     quiet()
     from ...apply_plan import MODES
     from ...checkpoint.record import applied_plan
-    from ...data.sources import DIGITS, DIGITS_QUESTIONS
+    from ...data.jsonl import named_splits
+    from ...data.sources import SOURCES
     from ...methods import CoMP
     from ...plan import Plan
     from ...report.pruning import write_report
@@ -151,8 +152,10 @@ def prune(
     trained = [name for name, way in ways.items() if isinstance(way, CoMP) and way.train]
     if resume is not None and len(trained) != 1:
         raise UsageError(f"--resume: {resume}, expected one method that trains; there are {len(trained)}")
-    if test_data is None and data in (DIGITS, DIGITS_QUESTIONS):
+    if test_data is None and (data in SOURCES or test_split in named_splits(Path(data))):
         test_data = data
+    if test_data is None:
+        note(f"{data} has no split {test_split!r}: no accuracy is measured; --test-data names data for it")
     training = None
     if trained or distill_steps:
         training = Training(
